@@ -1,0 +1,123 @@
+"""The arithmetic of a fold: an affine map after a linear layer goes into its weight and bias.
+
+Everything is computed in float64 and cast once, in blocks that stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bntools.affine import Affine
+
+__all__ = ["SMALLEST_NORMAL", "Absorbed", "OutputLayout", "absorb_after", "overflows"]
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_BLOCK = 1 << 17
+_JUST_BELOW = SMALLEST_NORMAL * (1 - 2**-52)
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """Where the output channels are in a weight.
+
+    `axis` is 0 for convolutions and `F.linear`, 1 for `x @ W` and transposed convolutions; with
+    `groups > 1` (transposed convolutions only) output channel `g * W.shape[1] + j` is column `j`
+    of the g-th block of rows.
+    """
+
+    axis: int = 0
+    groups: int = 1
+
+    def channels(self, weight: Tensor) -> int:
+        """The number of output channels of a weight."""
+        return weight.shape[self.axis] * self.groups
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """A weight and bias that hold an affine map; `flushed` values were subnormal and are 0."""
+
+    weight: Tensor
+    bias: Tensor | None
+    flushed: int
+
+
+def absorb_after(
+    weight: Tensor, bias: Tensor | None, affine: Affine, layout: OutputLayout
+) -> Absorbed:
+    """Absorb `affine(linear(x))` into a weight and bias of the same dtype as the weight.
+
+    The new weight is `scale * weight` along the output channels, the new bias
+    `scale * bias + shift`; bias stays None where it was None and the shift is zero.
+    """
+    weight = weight.detach()
+    scaled, flushed = _scale_blocks(weight, affine.scale, layout)
+    if bias is None and not affine.shift.any():
+        return Absorbed(scaled, None, flushed)
+    shifted = affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
+    shifted, more = _flush(shifted, weight.dtype)
+    return Absorbed(scaled, shifted.to((weight if bias is None else bias).dtype), flushed + more)
+
+
+def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: OutputLayout) -> bool:
+    """Whether folding would give values that the weight's dtype cannot hold.
+
+    Exact where the dtype is half or a scale is large; a float32 weight over 1e30 is not looked for.
+    """
+    limit = torch.finfo(weight.dtype).max
+    shift = affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
+    if shift.numel() and float(shift.abs().max()) > limit:
+        return True
+    largest = float(affine.scale.abs().max()) if affine.channels else 0.0
+    if limit > 1e30 and largest < 1e8:
+        return False
+    peaks = _channel_peaks(weight.detach(), layout)
+    return bool((peaks * affine.scale.abs()).max() > limit)
+
+
+def _blocks(weight: Tensor, layout: OutputLayout) -> tuple[Tensor, bool]:
+    """View a weight as (rows, columns, rest) per group, and say whether channels are rows."""
+    if layout.axis == 0:
+        return weight.reshape(1, weight.shape[0], 1, -1), True
+    return weight.reshape(layout.groups, -1, weight.shape[1], weight[0, 0].numel()), False
+
+
+def _scale_blocks(weight: Tensor, scale: Tensor, layout: OutputLayout) -> tuple[Tensor, int]:
+    scaled = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    source, by_row = _blocks(weight, layout)
+    target, _ = _blocks(scaled, layout)
+    factors = scale.reshape(1, -1, 1, 1) if by_row else scale.reshape(layout.groups, 1, -1, 1)
+    flushed = 0
+    for group in range(source.shape[0]):
+        rows = source[group]
+        step = max(1, _BLOCK // max(1, rows[:1].numel()))
+        for start in range(0, rows.shape[0], step):
+            part = slice(start, start + step)
+            factor = factors[group, part] if by_row else factors[group]
+            block, count = _flush(torch.mul(rows[part], factor), weight.dtype)
+            target[group, part].copy_(block)
+            flushed += count
+    if not weight.is_contiguous():
+        scaled = torch.empty_like(weight).copy_(scaled)
+    return scaled, flushed
+
+
+def _flush(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Zero what is subnormal in float32: it changes no result and slows convolutions down."""
+    if dtype == torch.float16:
+        return values, 0
+    flushed = torch.nn.functional.hardshrink(values, _JUST_BELOW)
+    if torch.equal(flushed, values):
+        return values, 0
+    return flushed, int((flushed == 0).sum() - (values == 0).sum())
+
+
+def _channel_peaks(weight: Tensor, layout: OutputLayout) -> Tensor:
+    blocks, by_row = _blocks(weight, layout)
+    if not blocks.numel():
+        return torch.zeros(layout.channels(weight), dtype=torch.float64, device=weight.device)
+    peaks = blocks.abs().amax(dim=(0, 2, 3) if by_row else (1, 3))
+    return peaks.reshape(-1).double()

@@ -1,0 +1,113 @@
+"""Who owns which tensor of a model, and which of its modules are norm layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bntools.dataflow.graph import NormLayer
+from bntools.modules import named_modules
+from bntools.registry import norm_rule
+from bntools.report import Reason
+
+__all__ = ["BatchNorm", "Ownership", "is_norm_layer", "norm_layers"]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+_STANDARD = (BatchNorm.forward, nn.SyncBatchNorm.forward)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BATCH_NORM_NAMES = {
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "FrozenBatchNorm2d",
+}  # fmt: skip
+
+
+class Ownership:
+    """The canonical name of each module and tensor: the first path under which it is found.
+
+    `absent` are the registered parameters that are None (the bias of a conv without one); `tied`
+    maps a tensor's name to its names in other modules, or under other attributes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: dict[int, str] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[int, str] = {}
+        self.owners: dict[str, str] = {}
+        self.absent: set[str] = set()
+        self.tied: dict[str, tuple[str, ...]] = {}
+        for path, module in named_modules(model):
+            if id(module) not in self.paths:
+                self.paths[id(module)] = path
+                self._add(path, module)
+
+    def _add(self, path: str, module: nn.Module) -> None:
+        prefix = f"{path}." if path else ""
+        for table in (module._parameters, module._buffers):
+            for attribute, tensor in table.items():
+                name = prefix + attribute
+                if tensor is None:
+                    self.absent.add(name)
+                    continue
+                known = self.names.setdefault(id(tensor), name)
+                if known != name:
+                    self.tied[known] = (*self.tied.get(known, ()), name)
+                    continue
+                self.tensors[name] = tensor
+                self.owners[name] = path
+
+    def owner_of(self, name: str | None) -> str | None:
+        """The path of the module that holds a tensor; None for a name that nobody holds."""
+        return self.owners.get(name) if name is not None else None
+
+
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether a module counts as a norm layer: batch norms, registered and recognised classes."""
+    if isinstance(module, BatchNorm) or norm_rule(module) is not None:
+        return True
+    return _scripted_name(module) in _BATCH_NORM_NAMES
+
+
+def norm_layers(model: nn.Module) -> tuple[NormLayer, ...]:
+    """Every norm layer of a model, each once, under its first path."""
+    found: dict[int, NormLayer] = {}
+    for path, module in named_modules(model):
+        if id(module) not in found and is_norm_layer(module):
+            found[id(module)] = _norm_layer(path, module)
+    return tuple(found.values())
+
+
+def _norm_layer(path: str, module: nn.Module) -> NormLayer:
+    name = _scripted_name(module)
+    if name:
+        detail = "it is compiled by TorchScript and cannot be edited; fold before scripting"
+        return NormLayer(path, name, refusal=(Reason.SCRIPTED, detail))
+    rule = norm_rule(module)
+    standard = getattr(type(module), "forward", None) in _STANDARD
+    return NormLayer(
+        path,
+        type(module).__name__,
+        plain=(standard or rule is not None) and "forward" not in module.__dict__,
+        remainder=rule is not None and rule.remainder is not None,
+        refusal=_refusal(module),
+    )
+
+
+def _refusal(module: nn.Module) -> tuple[Reason, str] | None:
+    if isinstance(module, BatchNorm):
+        if module.running_mean is None or module.running_var is None:
+            return Reason.NO_STATISTICS, (
+                "it has no running statistics (track_running_stats=False) and normalises each"
+                " batch by itself"
+            )
+        if module.training:
+            return Reason.TRAINING_MODE, (
+                "it stays in training mode and normalises with batch statistics; call eval() on it"
+            )
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return Reason.HOOKS, "it has hooks, which would be lost with it; remove them first"
+    return None
+
+
+def _scripted_name(module: nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, "original_name", ""))
+    return ""

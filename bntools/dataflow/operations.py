@@ -1,0 +1,192 @@
+"""What each ATen operation is in the neutral graph: one table, and a builder for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bntools.absorb import OutputLayout
+from bntools.dataflow.graph import Linear, Move, Value
+
+__all__ = ["BatchNormCall", "Operation", "batch_norm_call", "linear_call", "move", "operation"]
+
+_WHOLE = {
+    "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "squeeze",
+    "unsqueeze", "expand", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "_to_copy",
+    "cat", "stack", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "native_channel_shuffle", "roll", "flip", "repeat", "constant_pad_nd", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d", "reflection_pad1d", "reflection_pad2d",
+    "reflection_pad3d", "movedim", "unflatten", "flatten", "contiguous",
+}  # fmt: skip
+_PARTIAL = {
+    "slice", "select", "split", "split_with_sizes", "unbind", "narrow", "chunk", "index_select",
+    "index", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "diagonal",
+}  # fmt: skip
+_VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
+_UNCHANGED = {"clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "_to_copy", "contiguous"}
+_SHAPE_ONLY = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_empty", "new_full", "new_empty_strided",
+}  # fmt: skip
+_BATCH_NORMS = {
+    "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm",
+    "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update", "_batch_norm_no_update",
+}  # fmt: skip
+# training mode writes these positions, and the schemas of the CPU and CUDA kernels do not say so
+_UNDECLARED_WRITES = {
+    "native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is known of an ATen overload: its short name, what it writes, what it is."""
+
+    name: str
+    writes: tuple[int | str, ...]
+    random: bool
+    kind: str  # "linear", "norm", "move" or "opaque"
+    shape_only: bool
+
+    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+        """The tensors that this call writes to."""
+        positions: Sequence[int | str] = self.writes
+        if self.kind == "norm" and _is_training(self.name, args):
+            positions = (*positions, *_UNDECLARED_WRITES.get(self.name, ()))
+        for position in positions:
+            value = kwargs.get(position) if isinstance(position, str) else args[position]
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, (list, tuple)):
+                yield from (item for item in value if isinstance(item, Tensor))
+
+
+@cache
+def operation(func: Any) -> Operation:
+    """Look an overload up (`aten.add_.Tensor`)."""
+    schema = func._schema
+    name = schema.name.split("::")[-1]
+    writes: list[int | str] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            writes.append(argument.name if argument.kwarg_only else index)
+    return Operation(
+        name,
+        tuple(writes),
+        torch.Tag.nondeterministic_seeded in func.tags,
+        _kind(func, name, bool(writes)),
+        name in _SHAPE_ONLY,
+    )
+
+
+def _kind(func: Any, name: str, writes: bool) -> str:
+    if func.namespace != "aten":
+        return "opaque"
+    if name in _BATCH_NORMS:
+        return "norm"
+    if writes:
+        return "opaque"
+    if name in ("convolution", "addmm", "mm"):
+        return "linear"
+    return "move" if name in _WHOLE or name in _PARTIAL else "opaque"
+
+
+def linear_call(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], value: Callable[[Tensor], Value]
+) -> Linear | None:
+    """The linear layer in a call; None where the call is something else.
+
+    `x @ W` counts where only W is constant.
+    """
+    if name == "convolution":
+        weight, bias = args[1:3]
+        layout = OutputLayout(1, args[8]) if args[6] else OutputLayout()
+        return Linear(value(weight), value(bias) if bias is not None else None, layout, 1)
+    if name == "linear":
+        data, weight, bias = (*args, *(kwargs.get(key) for key in _LINEAR[len(args) :]))
+        if weight.dim() != 2:
+            return None
+        own = value(bias) if bias is not None else None
+        return Linear(value(weight), own, OutputLayout(), data.dim() - 1)
+    if name == "addmm":
+        bias, data, weight = args[:3]
+        if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1 or bias.dim() != 1:
+            return None
+    else:
+        (data, weight), bias = args[:2], None
+    if value(data).constant or not value(weight).constant:
+        return None
+    used, axis = _untransposed(value(weight))
+    own = value(bias) if bias is not None else None
+    return Linear(used, own, OutputLayout(axis), 1)
+
+
+_LINEAR = ("input", "weight", "bias")
+
+
+def _untransposed(weight: Value) -> tuple[Value, int]:
+    node = weight.producer
+    if node is not None and node.name == "t":
+        return node.inputs[0], 0
+    return weight, 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormCall:
+    """The arguments of a batch norm kernel, whichever it was."""
+
+    data: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    variance: Tensor | None
+    training: bool
+    eps: float
+
+
+def batch_norm_call(name: str, args: Sequence[Any]) -> BatchNormCall:
+    """Read the arguments of a batch norm kernel."""
+    data, weight, bias, mean, variance = args[:5]
+    eps = args[6] if "no_training" in name or "update" in name else args[7]
+    return BatchNormCall(data, weight, bias, mean, variance, _is_training(name, args), float(eps))
+
+
+def _is_training(name: str, args: Sequence[Any]) -> bool:
+    if name == "_native_batch_norm_legit_no_training" or name == "_batch_norm_no_update":
+        return False
+    return name == "_batch_norm_with_update" or bool(args[5]) or args[3] is None
+
+
+def move(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Move:
+    """What a data movement does, as a function of tensors of labels.
+
+    The data is the first argument; tensors among the others (indices) are kept by value.
+    """
+    joins = not isinstance(args[0], Tensor)
+    rest = [_by_value(arg) for arg in args[1:]]
+
+    def apply(labels: Sequence[Tensor]) -> list[Tensor]:
+        if name in _UNCHANGED:
+            return [labels[0]]
+        if name in _VIEWS:
+            return [labels[0].reshape(rest[0])]
+        if name == "constant_pad_nd":
+            return [func(labels[0], rest[0], -1)]
+        result = func(list(labels) if joins else labels[0], *rest, **kwargs)
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    return Move(apply, partial=name in _PARTIAL)
+
+
+def _by_value(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.detach().cpu().clone()
+    if isinstance(arg, (list, tuple)):
+        return [_by_value(item) for item in arg]
+    return arg

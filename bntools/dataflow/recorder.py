@@ -1,0 +1,140 @@
+"""Seeing a model: one real forward becomes a neutral graph.
+
+Every ATen operation of the forward is seen by a `TorchDispatchMode`, whatever Python code, control
+flow or scripted helper issued it, and becomes a node. Values are versions of tensors, keyed weakly:
+an operation that writes in place gives a new version to what it writes and to every live alias.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bntools.dataflow.graph import Graph
+from bntools.dataflow.operations import operation
+from bntools.dataflow.tape import Tape, tensors_in
+from bntools.modules import preserved
+
+__all__ = ["record", "tensors_in"]
+
+_LEAVING = {
+    torch.Tensor.numpy: "numpy()",
+    torch.Tensor.tolist: "tolist()",
+    torch.Tensor.__array__: "numpy()",
+    torch.Tensor.__dlpack__: "dlpack",
+}
+
+
+def record(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> Graph:
+    """Run one eval-mode forward and return what it did.
+
+    The model is as it was afterwards: flags, attributes, RNG, and the parameters and buffers that
+    an operation wrote. Whatever the forward raises comes through.
+    """
+    with preserved(model):
+        if model.training:
+            model.eval()
+        tape = Tape(model)
+        with torch.no_grad(), _compiled_code_runs_eagerly(), _watched(tape):
+            for value in tensors_in((args, kwargs)):
+                tape.source(value)
+            out = model(*args, **(kwargs or {}))
+            tape.use("returned", tensors_in(out))
+            del out
+        return tape.finish()
+
+
+@contextmanager
+def _compiled_code_runs_eagerly() -> Iterator[None]:
+    """Compiled submodules would hide their operations; importing dynamo costs seconds."""
+    loaded = "torch._dynamo" in sys.modules
+    stance: AbstractContextManager[Any] = (
+        torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+    )
+    with stance:
+        yield
+
+
+@contextmanager
+def _watched(tape: Tape) -> Iterator[None]:
+    """Feed the tape with every call, function and operation; restore what they wrote."""
+    try:
+        with _patched_calls(tape), _Functions(tape), _Operations(tape):
+            yield
+    finally:
+        tape.restore()
+
+
+@contextmanager
+def _patched_calls(tape: Tape) -> Iterator[None]:
+    """Replace `nn.Module.__call__`, for this thread and the modules of this model only."""
+    original = nn.Module.__call__
+    thread = threading.get_ident()
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = tape.owners.paths.get(id(module))
+        if path is None or threading.get_ident() != thread:
+            return original(module, *args, **kwargs)
+        return tape.call(module, path, original, args, kwargs)
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+class _Functions(TorchFunctionMode):
+    """Sees what the dispatcher does not: tensors that become numbers, and whole `F.linear` calls."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaving = _LEAVING.get(func)
+        if leaving is not None:
+            self.tape.use(leaving, [args[0]])
+        if func is not nn.functional.linear:
+            return func(*args, **kwargs)
+        start = self.tape.position
+        out = func(*args, **kwargs)
+        self.tape.linear_function(start, args, kwargs, out)
+        return out
+
+
+class _Operations(TorchDispatchMode):
+    """Sees every ATen operation, after composite ones are taken apart."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            with self:  # composite operations arrive whole in inference mode
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        written = list(operation(func).written(args, kwargs))
+        if written:
+            self.tape.keep_originals(written)
+        out = func(*args, **kwargs)
+        self.tape.operation(func, args, kwargs, out, written)
+        return out

@@ -1,0 +1,287 @@
+"""The tape of a recording: turns calls and operations into the nodes of a graph."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntools.absorb import OutputLayout
+from bntools.affine import Affine
+from bntools.dataflow.graph import Frame, Graph, Kind, Linear, Node, Norm, Value
+from bntools.dataflow.layers import Ownership, norm_layers
+from bntools.dataflow.operations import batch_norm_call, linear_call, move, operation
+from bntools.dataflow.versions import Versions
+from bntools.registry import NormRule, host_rule, norm_rule
+from bntools.report import Reason
+
+__all__ = ["Tape", "tensors_in"]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers and plain objects, each once, in order."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, (str, bytes, int, float, type(None), nn.Module)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(reversed(item.values()))
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            stack.extend(reversed(list(item)))
+        elif hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item):
+            stack.extend(reversed(vars(item).values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """An affine that is computed after the recording: a rule's own operations are no model's."""
+
+    node: Node
+    module: nn.Module
+    rule: NormRule
+
+
+class Tape:
+    """The nodes, values and module calls of one forward, while it runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.owners = Ownership(model)
+        self.layers = norm_layers(model)
+        self._versions = Versions(self.owners)
+        self._nodes: list[Node] = []
+        self._frames: dict[str, list[Frame]] = {}
+        self._stack: list[str] = [""]
+        self._originals: dict[str, tuple[Tensor, Tensor]] = {}
+        self._late: list[_Late] = []
+        self._dropped: dict[Value, Value] = {}
+        self._watched = {layer.path for layer in self.layers}
+
+    @property
+    def position(self) -> int:
+        """Where the next node will be."""
+        return len(self._nodes)
+
+    def finish(self) -> Graph:
+        """The graph, once the outputs are released: what is still alive was kept by someone."""
+        if any(True for _ in self._versions.survivors()):
+            gc.collect()
+            self._add(Kind.OUTPUT, "kept after the forward", list(self._versions.survivors()))
+        for late in self._late:
+            norm = Norm(late.node.module, late.rule.affine(late.module), late.rule.channel_dim)
+            late.node.detail = norm
+        for node in self._nodes:
+            node.inputs = [self._dropped.get(value, value) for value in node.inputs]
+        owners = self.owners
+        return Graph(
+            self._nodes, self._frames, self.layers, self._versions.parameters, owners.tensors,
+            owners.owners, owners.tied, frozenset(owners.absent),
+        ).link()  # fmt: skip
+
+    # values
+
+    def source(self, tensor: Tensor) -> None:
+        """Make a tensor known as an input of the model."""
+        if self._versions.get(tensor) is None:
+            self._versions.bind(tensor, Value(tuple(tensor.shape)))
+
+    def value(self, tensor: Tensor) -> Value:
+        """The current version of a tensor; one never seen is opaque, and uses what it aliases."""
+        value = self._versions.get(tensor)
+        if value is None:
+            value = Value(tuple(tensor.shape))
+            relatives = [self.value(alias) for alias in self._versions.aliases(tensor)]
+            if relatives:
+                self._add(Kind.OPAQUE, "an unrecorded alias", relatives, value)
+            self._versions.bind(tensor, value)
+        return value
+
+    def use(self, name: str, tensors: Iterable[Tensor]) -> None:
+        """Say that something outside of the graph sees these tensors."""
+        self._add(Kind.OUTPUT, name, [self.value(tensor) for tensor in tensors])
+
+    # operations
+
+    def keep_originals(self, tensors: Sequence[Tensor]) -> None:
+        """Before a write: copy the parameters and buffers that share the storage."""
+        for tensor in tensors:
+            for alias in (tensor, *self._versions.aliases(tensor)):
+                name = self._versions.parameter_name(alias)
+                if name is not None and name not in self._originals:
+                    self._originals[name] = (alias, alias.detach().clone())
+
+    def restore(self) -> None:
+        """Give the parameters and buffers that were written their contents back."""
+        with torch.no_grad():
+            for tensor, content in self._originals.values():
+                tensor.copy_(content)
+
+    def operation(
+        self, func: Any, args: Sequence[Any], kwargs: Any, out: Any, written: Sequence[Tensor]
+    ) -> None:
+        """Turn one call into a node, and the tensors that it wrote into new versions."""
+        known = operation(func)
+        inputs = [] if known.shape_only else [self.value(t) for t in tensors_in((args, kwargs))]
+        node = self._classify(func, args, kwargs, inputs)
+        node.writes = [self.value(tensor) for tensor in written]
+        constant = not known.random and all(value.constant for value in inputs)
+        for tensor in (*written, *(t for t in _results(out) if not _among(t, written))):
+            value = Value(tuple(tensor.shape), constant=constant, producer=node)
+            node.outputs.append(value)
+            self._versions.bind(tensor, value)
+        self._nodes.append(node)
+        for tensor in written:
+            for alias in self._versions.aliases(tensor):
+                if not _among(alias, written):
+                    self._rewritten(alias, by=self.value(tensor))
+
+    def linear_function(self, start: int, args: Sequence[Any], kwargs: Any, out: Tensor) -> None:
+        """Replace the operations of one `F.linear` by one LINEAR node."""
+        found = linear_call("linear", args, kwargs, self.value)
+        if found is not None:
+            inputs = [self.value(tensor) for tensor in tensors_in((args, kwargs))]
+            node = self._node(Kind.LINEAR, "linear", inputs, found)
+            self._replace(start, [node], self.value(out))
+
+    def _classify(
+        self, func: Any, args: Sequence[Any], kwargs: Any, inputs: list[Value]
+    ) -> Node:
+        known = operation(func)
+        if known.kind == "linear":
+            linear = linear_call(known.name, args, kwargs, self.value)
+            if linear is not None:
+                return self._node(Kind.LINEAR, known.name, inputs, linear)
+        elif known.kind == "norm":
+            norm = self._norm(known.name, args)
+            if norm is not None:
+                return self._node(Kind.AFFINE, known.name, inputs, norm)
+        elif known.kind == "move" and _moves_floats(args, kwargs):
+            data = 1 if isinstance(args[0], Tensor) else len(args[0])
+            if all(value.constant for value in inputs[data:]):
+                detail = move(func, known.name, args, kwargs)
+                return self._node(Kind.MOVE, known.name, inputs[:data], detail)
+        return self._node(Kind.OPAQUE, known.name, inputs)
+
+    def _norm(self, name: str, args: Sequence[Any]) -> Norm | None:
+        call = batch_norm_call(name, args)
+        if call.training or call.mean is None or call.variance is None:
+            return None
+        owner = self.owners.owner_of(self.value(call.mean).parameter)
+        if owner is None or owner not in self._watched:
+            return None
+        used = (call.mean, call.variance, call.weight, call.bias)
+        if any(t is not None and self.value(t).parameter is None for t in used):
+            return Norm(owner, Reason.COMPUTED_AFFINE)
+        affine = Affine.of_batch_norm(
+            call.mean, call.variance, call.weight, call.bias, eps=call.eps
+        )
+        return Norm(owner, affine)
+
+    def _rewritten(self, alias: Tensor, by: Value) -> None:
+        value = Value(tuple(alias.shape))
+        self._add(Kind.OPAQUE, "a write through an alias", [self.value(alias), by], value)
+        self._versions.bind(alias, value)
+
+    def _node(self, kind: Kind, name: str, inputs: list[Value], detail: Any = None) -> Node:
+        return Node(kind, name, inputs, [], self._stack[-1], detail)
+
+    def _add(
+        self, kind: Kind, name: str, inputs: list[Value], output: Value | None = None
+    ) -> None:
+        if not inputs:
+            return
+        node = self._node(kind, name, inputs)
+        if output is not None:
+            node.outputs.append(output)
+            output.producer = node
+        self._nodes.append(node)
+
+    def _replace(self, start: int, nodes: list[Node], out: Value) -> None:
+        """Put nodes in the place of all since `start`; the last of them gives `out`."""
+        nodes[-1].outputs.append(out)
+        out.producer = nodes[-1]
+        out.constant = all(value.constant for value in nodes[0].inputs)
+        self._nodes[start:] = nodes
+
+    # calls
+
+    def call(
+        self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a module's call, and note what a planner has to know about it."""
+        if module._forward_pre_hooks:
+            self.use(f"a forward pre-hook of {path or 'the model'}", tensors_in((args, kwargs)))
+        rule = host_rule(module)
+        whole = path in self._watched or rule is not None
+        inputs = [self.value(t) for t in tensors_in((args, kwargs))] if whole else []
+        start = self.position
+        self._stack.append(path)
+        try:
+            out = run(module, *args, **kwargs)
+        finally:
+            self._stack.pop()
+        if whole:
+            outputs = [self.value(tensor) for tensor in tensors_in(out)]
+            if len(inputs) == len(outputs) == 1 and self._closed(start, inputs[0]):
+                self._as_one(module, path, start, inputs[0], outputs[0])
+            frame = Frame(path, tuple(inputs), tuple(outputs), start, self.position)
+            self._frames.setdefault(path, []).append(frame)
+        if module._forward_hooks:
+            self.use(f"a forward hook of {path or 'the model'}", tensors_in(out))
+        return out
+
+    def _as_one(self, module: nn.Module, path: str, start: int, data: Value, out: Value) -> None:
+        """Make a registered layer one node, where no operation inside says what it does."""
+        inside = self._nodes[start:]
+        norm, host = norm_rule(module), host_rule(module)
+        if host is not None:
+            linear = Linear(None, None, OutputLayout(), host.channel_dim % len(out.shape), path)
+            nodes = [Node(Kind.LINEAR, type(module).__name__, [data], [], path, linear)]
+        elif norm is not None and not any(n.kind is Kind.AFFINE for n in inside):
+            nodes = [Node(Kind.AFFINE, type(module).__name__, [data], [], path)]
+            self._late.append(_Late(nodes[0], module, norm))
+            if norm.remainder is not None:
+                normed = Value(data.shape, producer=nodes[0])
+                nodes[0].outputs.append(normed)
+                nodes.append(Node(Kind.OPAQUE, f"the remainder of {path}", [normed], [], path))
+        else:
+            return
+        self._dropped.update({v: data for node in inside for v in node.outputs if v is not out})
+        self._replace(start, nodes, out)
+
+    def _closed(self, start: int, data: Value) -> bool:
+        """Whether what ran since `start` depends on `data` and constants alone, and writes neither."""
+        known = {data}
+        for node in self._nodes[start:]:
+            if not all(value.constant or value in known for value in node.inputs):
+                return False
+            if any(value is data or value.parameter for value in node.writes):
+                return False
+            known.update(node.outputs)
+        return True
+
+
+def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(tensor is other for other in others)
+
+
+def _results(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, (list, tuple)):
+        return [tensor for item in out for tensor in _results(item)]
+    return []
+
+
+def _moves_floats(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    dtype = kwargs.get("dtype")
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    return bool(first.dtype.is_floating_point and (dtype is None or dtype.is_floating_point))

@@ -1,0 +1,254 @@
+"""Example inputs: given by the caller, or inferred from the first layer that runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntools.errors import InputError
+from bntools.modules import named_modules, named_tensors, preserved
+
+__all__ = ["Examples", "candidates", "given"]
+
+_SIZES = {1: (256, 1024, 64, 16000), 2: (64, 224, 32, 28, 128, 256, 96, 299, 384, 8, 512), 3: (32, 64, 112)}
+_FRAMES = {32: 8, 64: 16, 112: 16}
+_CONVS = nn.modules.conv._ConvNd
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The arguments of one forward."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    inferred: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join([*map(_described, self.args), *self._named()])
+
+    def _named(self) -> Iterator[str]:
+        return (f"{name}={_described(value)}" for name, value in self.kwargs.items())
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Examples:
+        """The same arguments with every tensor changed."""
+        args, kwargs = _mapped(self.args, change), _mapped(self.kwargs, change)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def cast(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Examples:
+        """Floating tensors in another dtype, all tensors on a device."""
+        return self.mapped(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+
+    def varied(self, seed: int) -> Examples:
+        """Other values of the same shapes: floats with the same mean, deviation and range.
+
+        Integers and booleans are the same elements in another order.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return self.mapped(lambda t: _varied(t, generator))
+
+    def doubled(self) -> Examples | None:
+        """Twice the batch; None where the tensors do not share a first dimension."""
+        sizes = {t.shape[0] if t.dim() > 1 else -1 for t in self.tensors()}
+        if len(sizes) != 1 or sizes == {-1}:
+            return None
+        return self.mapped(lambda t: torch.cat([t, t]))
+
+    def halved(self) -> Examples | None:
+        """Images of half the height and width; None for anything else, and for small images."""
+        if not all(t.dim() == 4 and min(t.shape[2:]) >= 64 for t in self.tensors()):
+            return None
+        return self.mapped(lambda t: t[..., : t.shape[2] // 2, : t.shape[3] // 2].contiguous())
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the tensors."""
+        return [tensor.shape for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        found: list[Tensor] = []
+        self.mapped(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+        return found
+
+
+def given(example_inputs: Any) -> Examples:
+    """Example inputs as the caller wrote them: a tensor, a tuple of arguments, or a dict.
+
+    A list is one argument that is a list (the images of a detection model).
+    """
+    if isinstance(example_inputs, Examples):
+        return example_inputs
+    if isinstance(example_inputs, tuple):
+        return Examples(example_inputs)
+    if isinstance(example_inputs, dict):
+        return Examples(kwargs=dict(example_inputs))
+    if isinstance(example_inputs, (Tensor, list)):
+        return Examples((example_inputs,))
+    raise InputError(
+        f"Cannot use example inputs of type {type(example_inputs).__name__}: give a tensor, a tuple"
+        " of positional arguments, a list of tensors as one argument, or a dict of keyword arguments."
+    )
+
+
+def candidates(model: nn.Module) -> Iterator[Examples]:
+    """Inputs that a model may take, the likeliest first; the caller tries them."""
+    generator = torch.Generator().manual_seed(0)
+    like = next((t for *_, t in named_tensors(model) if t.is_floating_point()), torch.zeros(1))
+    for shape, dtype in _shapes(model):
+        if dtype == torch.int64:
+            first = torch.randint(0, 10, shape, generator=generator).to(like.device)
+        else:
+            first = torch.randn(shape, generator=generator).to(like.device, like.dtype)
+        yield Examples(tuple(first.clone() for _ in range(_required(model))), inferred=True)
+        if len(shape) == 4:
+            yield Examples(([image for image in first],), inferred=True)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    guess = _first_registered(model)
+    if guess is None:
+        return
+    layer, channels = guess
+    if isinstance(layer, nn.Embedding):
+        yield (1, 16), torch.int64
+        return
+    rank = _spatial_rank(layer)
+    for count in _channel_counts(model, layer, channels):
+        if rank == 0:
+            yield (2, count), torch.float32
+            yield (1, 16, count), torch.float32
+            continue
+        for size in _sizes(model, layer, rank):
+            frames = (_FRAMES.get(size, size),) if rank == 3 else ()
+            yield (1, count, *frames, *[size] * min(rank, 2)), torch.float32
+
+
+def _sizes(model: nn.Module, layer: nn.Module, rank: int) -> Sequence[int]:
+    if getattr(layer, "transposed", False):
+        return (1, 4, 8, *_SIZES[rank])
+    configured = getattr(model, "pretrained_cfg", None) or {}
+    size = configured.get("input_size", (0,))[-1] if isinstance(configured, dict) else 0
+    own = (int(size),) if size else ()
+    return tuple(dict.fromkeys((_SIZES[rank][0], *own, *_SIZES[rank][1:])))
+
+
+def _first_registered(model: nn.Module) -> tuple[nn.Module, int] | None:
+    for _, module in named_modules(model):
+        channels = _expected(module)
+        if channels:
+            return module, channels
+    return None
+
+
+def _expected(module: nn.Module) -> int:
+    if isinstance(module, _CONVS):
+        return module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, _BATCH_NORMS):
+        return module.num_features
+    return 1 if isinstance(module, nn.Embedding) else 0
+
+
+def _spatial_rank(layer: nn.Module) -> int:
+    if isinstance(layer, _CONVS):
+        return len(layer.kernel_size)
+    name = type(layer).__name__
+    return 0 if isinstance(layer, nn.Linear) or "1d" in name else 3 if "3d" in name else 2
+
+
+def _channel_counts(model: nn.Module, layer: nn.Module, channels: int) -> Sequence[int]:
+    """What the first layer that really runs says, and then what the first registered one says."""
+    rank = _spatial_rank(layer)
+    if rank == 0:
+        return (channels,)
+    ran = _first_run(model, torch.zeros(1, channels, *[_SIZES[rank][0]] * rank))
+    if ran is not None and _spatial_rank(ran[0]) == rank and ran[1] != ran[2]:
+        return tuple(dict.fromkeys((ran[1], channels, 3, 1)))
+    return tuple(dict.fromkeys((channels, 3, 1)))
+
+
+class _Stop(BaseException):
+    """Ends a forward at its first layer; no Exception, so that no model code swallows it."""
+
+    def __init__(self, module: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.inputs = inputs
+
+
+def _first_run(model: nn.Module, example: Tensor) -> tuple[nn.Module, int, int] | None:
+    """The first layer that runs, the channels that it expects, and those that it was given."""
+
+    def stop(module: nn.Module, inputs: Any) -> None:
+        if _expected(module):
+            raise _Stop(module, inputs)
+
+    like = next((t for *_, t in named_tensors(model) if t.is_floating_point()), example)
+    hook = nn.modules.module.register_module_forward_pre_hook(stop)
+    try:
+        with preserved(model), torch.no_grad():
+            model(example.to(like))
+    except _Stop as stopped:
+        seen = stopped.inputs[0] if stopped.inputs else None
+        if isinstance(seen, Tensor) and seen.dim() > 1:
+            return stopped.module, _expected(stopped.module), seen.shape[1]
+    except Exception:
+        return None
+    finally:
+        hook.remove()
+    return None
+
+
+def _required(model: nn.Module) -> int:
+    """How many positional arguments `forward` insists on, at least one."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return max(1, len(needed))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        shape = "x".join(map(str, value.shape)) or "scalar"
+        return f"{shape} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_described(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, change) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def _varied(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.numel():
+        return tensor
+    if not tensor.is_floating_point():
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return tensor.flatten()[order].reshape(tensor.shape)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    exact = tensor.double()
+    low, high = exact.min(), exact.max()
+    if low == high or tensor.numel() == 1:
+        return (noise + exact).to(tensor.dtype)
+    return (noise * exact.std() + exact.mean()).clamp(low, high).to(tensor.dtype)

@@ -1,0 +1,186 @@
+"""Module trees: paths, replacing by path, copies, and forwards that leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntools.errors import PlanError, SurgeryError
+
+__all__ = [
+    "duplicate",
+    "get_module",
+    "named_modules",
+    "named_tensors",
+    "preserved",
+    "replace_module",
+    "unwrap",
+]
+
+_Snapshot = tuple[dict[str, Any], list[Any], list[Any]]
+_CONTAINERS = (list, dict, set, OrderedDict)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every (path, module), a shared module under each of its paths.
+
+    Unlike `nn.Module.named_modules` it does not mind classes that shadow its methods.
+    """
+    stack: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
+    while stack:
+        path, module, above = stack.pop()
+        yield path, module
+        if id(module) in above:
+            continue
+        for name, child in reversed(list(module._modules.items())):
+            if child is not None:
+                full = f"{path}.{name}" if path else name
+                stack.append((full, child, (*above, id(module))))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every (path of the owner, owner, name, tensor) of parameters and buffers, tied ones included."""
+    for path, module in named_modules(model):
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    yield path, module, name, tensor
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path; "" is the model itself."""
+    module = model
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None:
+            raise PlanError(f"Cannot find {path!r} in the model: there is no {name!r}.")
+        module = child
+    return module
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """Put a module in the place of the one at `path`, under every name that it has.
+
+    Returns the model, which is `new` itself where the path is "".
+    """
+    old = get_module(model, path)
+    if old is model:
+        return new
+    for _, module in list(named_modules(model)):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and `torch.compile` wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def duplicate(model: nn.Module, replacing: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy of a model; tensors whose `id` is in `replacing` are taken from there, not copied.
+
+    Models that `copy.deepcopy` cannot copy are copied module by module, and share the attributes
+    that cannot be copied (locks, open files, generators).
+    """
+    try:
+        return copy.deepcopy(model, dict(replacing or {}))
+    except Exception:
+        return _duplicate_by_module(model, dict(replacing or {}))
+
+
+def _duplicate_by_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    originals = {id(module): module for _, module in named_modules(model)}
+    for key, module in originals.items():
+        memo[key] = type(module).__new__(type(module))
+    for key, module in originals.items():
+        memo[key].__dict__.update({k: _copied(v, memo) for k, v in module.__dict__.items()})
+    result = memo[id(model)]
+    if not isinstance(result, nn.Module):
+        raise SurgeryError(f"Cannot copy the model: {type(model).__name__} makes no module.")
+    return result
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, dict):
+        same = OrderedDict() if isinstance(value, OrderedDict) else {}
+        same.update({k: _copied(v, memo) for k, v in value.items()})
+        return same
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward or a mode change does to modules and RNG is undone at the end.
+
+    Restored are each module's attributes (also training flags, registered tensors and submodules,
+    lists, dicts and sets one level deep), and the state of torch's, Python's and NumPy's
+    generators. The contents of tensors are not: who writes them restores them.
+    """
+    modules = {id(module): module for _, module in named_modules(model)}
+    before = [(module, _snapshot(module)) for module in modules.values()]
+    states = random.getstate(), _numpy_state()
+    devices = {t.device.index or 0 for *_, t in named_tensors(model) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            for module, state in before:
+                _restore(module, state)
+            random.setstate(states[0])
+            _set_numpy_state(states[1])
+
+
+def _snapshot(module: nn.Module) -> _Snapshot:
+    attributes = dict(module.__dict__)
+    containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
+    # most of them are empty hook tables: a copy of each would set off the garbage collector
+    return attributes, containers, [value.copy() if value else () for value in containers]
+
+
+def _restore(module: nn.Module, state: _Snapshot) -> None:
+    before, containers, contents = state
+    now = module.__dict__
+    if len(now) != len(before) or any(now.get(k, now) is not v for k, v in before.items()):
+        now.clear()
+        now.update(before)
+    for value, content in zip(containers, contents, strict=True):
+        if (value or content) and not _same_items(value, content):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _same_items(value: Any, content: Any) -> bool:
+    if isinstance(value, set) or len(value) != len(content):
+        return bool(value == content)
+    if isinstance(value, dict):
+        return all(content.get(key, value) is item for key, item in value.items())
+    return all(a is b for a, b in zip(value, content, strict=True))
+
+
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    return numpy.random.get_state() if numpy is not None else None
+
+
+def _set_numpy_state(state: Any) -> None:
+    if state is not None:
+        sys.modules["numpy"].random.set_state(state)

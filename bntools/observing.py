@@ -1,0 +1,151 @@
+"""Observing a model: at least two recordings of its forward, on different inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from bntools.dataflow.graph import Graph, Kind
+from bntools.dataflow.recorder import record
+from bntools.backward import bias_beside
+from bntools.errors import BNToolsError, InputError
+from bntools.examples import Examples, candidates, given
+from bntools.modules import duplicate, get_module, named_modules, unwrap
+
+__all__ = ["Observation", "observe", "observe_again"]
+
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A model, the inputs that it was run on, and what its forwards did."""
+
+    model: nn.Module
+    examples: Examples
+    graphs: tuple[Graph, ...]
+    warnings: tuple[str, ...]
+    second: Examples
+
+
+def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
+    """Record a model twice, the second time with other values, and where it can with another size.
+
+    In the second recording, layers without a bias have one of zeros: whether the forward passes it
+    on tells whether a fold may give them one.
+    """
+    warnings = []
+    model = unwrap(model)
+    if model.training:
+        warnings.append("the model is in training mode; its eval() version is used")
+    model, graph, examples = _first(model, example_inputs)
+    graph_two, second = _second(model, graph, examples)
+    return Observation(model, examples, (graph, graph_two), tuple(warnings), second)
+
+
+def observe_again(seen: Observation) -> Observation:
+    """Replace the second recording by one on inputs of the first one's shapes."""
+    varied = seen.examples.varied(_SEED)
+    with _with_biases(seen.model, _missing_biases(seen.graphs[0])):
+        graph = record(seen.model, varied.args, varied.kwargs)
+    return Observation(seen.model, seen.examples, (seen.graphs[0], graph), seen.warnings, varied)
+
+
+def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Examples]:
+    options = candidates(model) if example_inputs is None else iter([given(example_inputs)])
+    failure: tuple[Examples, Exception] | None = None
+    for examples in options:
+        try:
+            ready = _materialised(model, examples)
+            return ready, record(ready, examples.args, examples.kwargs), examples
+        except BNToolsError:
+            raise
+        except Exception as error:
+            failure = failure or (examples, error)
+    raise InputError(_does_not_run(example_inputs, failure)) from (failure[1] if failure else None)
+
+
+def _does_not_run(example_inputs: Any, failure: tuple[Examples, Exception] | None) -> str:
+    if failure is None:
+        return (
+            "Cannot infer an input: the model has no conv, linear, norm or embedding layer."
+            " Give example inputs (--input-shape, --inputs)."
+        )
+    examples, error = failure
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if example_inputs is None:
+        return (
+            f"Cannot infer an input: the model runs on none of the shapes tried, such as {examples}"
+            f" ({why}). Give example inputs (--input-shape, --inputs)."
+        )
+    return f"Cannot run the model on {examples}: {why}. Give inputs that it accepts."
+
+
+def _second(model: nn.Module, graph: Graph, examples: Examples) -> tuple[Graph, Examples]:
+    """Half the size and twice the batch where the model takes it, else the same shapes."""
+    smaller = examples.halved() or examples
+    options = (smaller.doubled(), smaller, examples)
+    failure: Exception | None = None
+    with _with_biases(model, _missing_biases(graph)):
+        for option in options:
+            if option is None:
+                continue
+            varied = option.varied(_SEED)
+            try:
+                return record(model, varied.args, varied.kwargs), varied
+            except Exception as error:
+                failure = error
+    raise InputError(
+        f"Cannot run the model a second time on {examples} with other values: {failure}."
+        " Give inputs of which the values may vary."
+    )
+
+
+def _missing_biases(graph: Graph) -> dict[str, Tensor]:
+    """Zeros for the biases that layers could gain: registered as None beside a weight in use."""
+    found: dict[str, Tensor] = {}
+    for node in graph.of_kind(Kind.LINEAR):
+        weight = node.linear.weight
+        if weight is None or weight.parameter is None or node.linear.bias is not None:
+            continue
+        name = bias_beside(graph, weight.parameter)
+        if name in graph.absent:
+            tensor = graph.tensors[weight.parameter].detach()
+            found[name] = tensor.new_zeros(node.linear.layout.channels(tensor))
+    return found
+
+
+@contextmanager
+def _with_biases(model: nn.Module, biases: dict[str, Tensor]) -> Iterator[None]:
+    owners = [(get_module(model, name.rpartition(".")[0]), t) for name, t in biases.items()]
+    for owner, tensor in owners:
+        owner._parameters["bias"] = nn.Parameter(tensor, requires_grad=False)
+    try:
+        yield
+    finally:
+        for owner, _ in owners:
+            owner._parameters["bias"] = None
+
+
+def _materialised(model: nn.Module, examples: Examples) -> nn.Module:
+    """The model, or a copy with its lazy parameters made by one forward from a fixed seed."""
+    lazy = any(
+        isinstance(tensor, UninitializedTensorMixin)
+        for _, module in named_modules(model)
+        for table in (module._parameters, module._buffers)
+        for tensor in table.values()
+    )
+    if not lazy:
+        return model
+    made = duplicate(model)
+    training = made.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        made.eval()(*examples.args, **examples.kwargs)
+    return made.train(training)

@@ -1,0 +1,86 @@
+"""The edits that a surgery makes, as data, and the one way in which they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntools.errors import SurgeryError
+from bntools.modules import get_module, replace_module
+from bntools.registry import norm_rule
+
+__all__ = ["RECIPE_VERSION", "Edit", "Recipe", "apply_edits", "set_tensors"]
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of the architecture.
+
+    `kind` is "add-bias" (the layer at `path` gains a parameter `bias` of `channels` values) or
+    "drop-norm" (the norm at `path` becomes its remainder: an Identity, or its drop and activation).
+    """
+
+    kind: str
+    path: str
+    channels: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The edit as JSON data."""
+        data: dict[str, Any] = {"edit": self.kind, "path": self.path}
+        return data if self.channels is None else {**data, "channels": self.channels}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A versioned list of edits: applied to a fresh model, it gives the architecture of a result."""
+
+    edits: tuple[Edit, ...] = field(default_factory=tuple)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON data."""
+        return {"version": RECIPE_VERSION, "edits": [edit.to_dict() for edit in self.edits]}
+
+
+def apply_edits(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Carry a recipe out on a model, in place; returns the model, or what takes its place."""
+    for edit in recipe.edits:
+        module = get_module(model, edit.path)
+        if edit.kind == "add-bias":
+            module._parameters["bias"] = _empty_bias(module, edit)
+        elif edit.kind == "drop-norm":
+            model = replace_module(model, edit.path, _remainder(module))
+        else:
+            raise SurgeryError(f"Cannot apply the edit {edit.kind!r}: this bntools has no such edit.")
+    return model
+
+
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers, by name, new contents; their grad flags stay."""
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        module = get_module(model, path)
+        old = module._parameters.get(attribute)
+        if old is None:
+            module._buffers[attribute] = tensor
+        else:
+            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+
+
+def _empty_bias(module: nn.Module, edit: Edit) -> nn.Parameter:
+    weight = module._parameters.get("weight")
+    if weight is None or edit.channels is None:
+        raise SurgeryError(f"Cannot add a bias to {edit.path}: it has no weight beside it.")
+    values = torch.zeros(edit.channels, dtype=weight.dtype, device=weight.device)
+    return nn.Parameter(values, requires_grad=weight.requires_grad)
+
+
+def _remainder(module: nn.Module) -> nn.Module:
+    rule = norm_rule(module)
+    left = rule.remainder(module) if rule is not None and rule.remainder is not None else None
+    return left if left is not None else nn.Identity().train(module.training)
