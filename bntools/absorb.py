@@ -54,12 +54,12 @@ def absorb_after(
     `scale * bias + shift`; bias stays None where it was None and the shift is zero.
     """
     weight = weight.detach()
-    scaled, flushed = _scale_blocks(weight, affine.scale, layout)
+    scaled, flushed = _scale_blocks(weight, affine.scale.to(weight.device), layout)
     if bias is None and not affine.shift.any():
         return Absorbed(scaled, None, flushed)
-    shifted = affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
-    shifted, more = _flush(shifted, weight.dtype)
-    return Absorbed(scaled, shifted.to((weight if bias is None else bias).dtype), flushed + more)
+    shifted, more = _flush(_shifted(bias, affine), weight.dtype)
+    like = weight if bias is None else bias
+    return Absorbed(scaled, shifted.to(like.device, like.dtype), flushed + more)
 
 
 def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: OutputLayout) -> bool:
@@ -68,7 +68,7 @@ def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: Outpu
     Exact where the dtype is half or a scale is large; a float32 weight over 1e30 is not looked for.
     """
     limit = torch.finfo(weight.dtype).max
-    shift = affine.shift if bias is None else bias.detach().double() * affine.scale + affine.shift
+    shift = _shifted(bias, affine)
     if shift.numel() and float(shift.abs().max()) > limit:
         return True
     largest = float(affine.scale.abs().max()) if affine.channels else 0.0
@@ -76,6 +76,12 @@ def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: Outpu
         return False
     peaks = _channel_peaks(weight.detach(), layout)
     return bool((peaks * affine.scale.abs()).max() > limit)
+
+
+def _shifted(bias: Tensor | None, affine: Affine) -> Tensor:
+    if bias is None:
+        return affine.shift
+    return bias.detach().to("cpu", torch.float64) * affine.scale + affine.shift
 
 
 def _blocks(weight: Tensor, layout: OutputLayout) -> tuple[Tensor, bool]:
@@ -118,6 +124,6 @@ def _flush(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 def _channel_peaks(weight: Tensor, layout: OutputLayout) -> Tensor:
     blocks, by_row = _blocks(weight, layout)
     if not blocks.numel():
-        return torch.zeros(layout.channels(weight), dtype=torch.float64, device=weight.device)
+        return torch.zeros(layout.channels(weight), dtype=torch.float64)
     peaks = blocks.abs().amax(dim=(0, 2, 3) if by_row else (1, 3))
-    return peaks.reshape(-1).double()
+    return peaks.reshape(-1).to("cpu", torch.float64)

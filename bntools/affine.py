@@ -14,7 +14,7 @@ __all__ = ["Affine"]
 class Affine:
     """A per-channel map `y[c] = scale[c] * x[c] + shift[c]`.
 
-    `scale` and `shift` are float64 tensors of shape (C,).
+    `scale` and `shift` are tensors of shape (C,), held in float64 on the CPU.
 
     Example:
         >>> import torch
@@ -27,8 +27,8 @@ class Affine:
     shift: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", self.scale.detach().to(torch.float64))
-        object.__setattr__(self, "shift", self.shift.detach().to(torch.float64))
+        object.__setattr__(self, "scale", self.scale.detach().to("cpu", torch.float64))
+        object.__setattr__(self, "shift", self.shift.detach().to("cpu", torch.float64))
 
     @classmethod
     def of_batch_norm(
@@ -53,9 +53,9 @@ class Affine:
         return cls(scale, shift)
 
     @classmethod
-    def identity(cls, channels: int, device: torch.device | None = None) -> Affine:
+    def identity(cls, channels: int) -> Affine:
         """The map that changes nothing."""
-        ones = torch.ones(channels, dtype=torch.float64, device=device)
+        ones = torch.ones(channels, dtype=torch.float64)
         return cls(ones, torch.zeros_like(ones))
 
     @property

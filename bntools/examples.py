@@ -54,8 +54,7 @@ class Examples:
 
     def doubled(self) -> Examples | None:
         """Twice the batch; None where the tensors do not share a first dimension."""
-        sizes = {t.shape[0] if t.dim() > 1 else -1 for t in self.tensors()}
-        if len(sizes) != 1 or sizes == {-1}:
+        if self.batch is None:
             return None
         return self.mapped(lambda t: torch.cat([t, t]))
 
@@ -69,6 +68,12 @@ class Examples:
     def shapes(self) -> list[torch.Size]:
         """The shapes of the tensors."""
         return [tensor.shape for tensor in self.tensors()]
+
+    @property
+    def batch(self) -> int | None:
+        """The first dimension that all tensors share, or None."""
+        sizes = {tensor.shape[0] if tensor.dim() > 1 else None for tensor in self.tensors()}
+        return sizes.pop() if len(sizes) == 1 else None
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,13 +25,25 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Observation:
-    """A model, the inputs that it was run on, and what its forwards did."""
+    """What the forwards of a model did.
 
+    `source` is the caller's model without its wrappers; `model` the one that ran, which is another
+    only where lazy parameters had to be made. `examples` and `second` are the two inputs.
+    """
+
+    source: nn.Module
     model: nn.Module
     examples: Examples
-    graphs: tuple[Graph, ...]
-    warnings: tuple[str, ...]
     second: Examples
+    graphs: tuple[Graph, Graph]
+    warnings: tuple[str, ...]
+
+    def fresh(self, seed: int) -> Examples:
+        """Inputs that were not recorded, in a batch of two where the model takes that."""
+        doubled = self.examples.doubled()
+        batched = doubled is not None and self.second.batch == doubled.batch
+        base = doubled if batched and doubled is not None else self.examples
+        return base.varied(seed + _SEED + 1)
 
 
 def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
@@ -40,13 +52,10 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
     In the second recording, layers without a bias have one of zeros: whether the forward passes it
     on tells whether a fold may give them one.
     """
-    warnings = []
-    model = unwrap(model)
-    if model.training:
-        warnings.append("the model is in training mode; its eval() version is used")
-    model, graph, examples = _first(model, example_inputs)
-    graph_two, second = _second(model, graph, examples)
-    return Observation(model, examples, (graph, graph_two), tuple(warnings), second)
+    source = unwrap(model)
+    ready, graph, examples = _first(source, example_inputs)
+    again, second = _second(ready, graph, examples)
+    return Observation(source, ready, examples, second, (graph, again), tuple(_warnings(source)))
 
 
 def observe_again(seen: Observation) -> Observation:
@@ -54,7 +63,12 @@ def observe_again(seen: Observation) -> Observation:
     varied = seen.examples.varied(_SEED)
     with _with_biases(seen.model, _missing_biases(seen.graphs[0])):
         graph = record(seen.model, varied.args, varied.kwargs)
-    return Observation(seen.model, seen.examples, (seen.graphs[0], graph), seen.warnings, varied)
+    return replace(seen, second=varied, graphs=(seen.graphs[0], graph))
+
+
+def _warnings(model: nn.Module) -> Iterator[str]:
+    if model.training:
+        yield "the model is in training mode; its eval() version is used, and the result is in eval mode"
 
 
 def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Examples]:

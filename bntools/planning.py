@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,10 +13,19 @@ from bntools.backward import BackwardPlanner, NormFold, Outcome
 from bntools.dataflow.graph import Graph, NormLayer
 from bntools.dataflow.reach import Refused
 from bntools.errors import PlanError
+from bntools.modules import named_tensors, unwrap
 from bntools.observing import Observation, observe, observe_again
 from bntools.report import Action, Decision, Plan, Reason
 
-__all__ = ["plan_fold", "plan_observed"]
+__all__ = [
+    "Compiled",
+    "Patterns",
+    "compiled_for",
+    "compiled_of",
+    "plan_fold",
+    "plan_observed",
+    "replan",
+]
 
 Patterns = str | Sequence[str]
 
@@ -42,21 +52,64 @@ def plan_fold(
     return plan_observed(observe(model, example_inputs), only=only, skip=skip)
 
 
-def plan_observed(
-    seen: Observation,
-    *,
-    only: Patterns = "*",
-    skip: Patterns = (),
-    refused: Mapping[str, Refused] | None = None,
-) -> Plan:
-    """Plan on recordings that are there already; `refused` are layers ruled out by other means."""
-    chosen = _select(seen.graphs[0].layers, only, skip)
-    outcomes = [BackwardPlanner(g, chosen, dict(refused or {})).run() for g in seen.graphs]
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A plan in the form that can be carried out, on the tensors that it was made for."""
+
+    seen: Observation
+    chosen: frozenset[str]
+    folds: tuple[NormFold, ...]
+    versions: dict[str, tuple[int, int]]
+
+
+def plan_observed(seen: Observation, *, only: Patterns = "*", skip: Patterns = ()) -> Plan:
+    """Plan on recordings that are there already."""
+    return _planned(seen, frozenset(_select(seen.graphs[0].layers, only, skip)), {})
+
+
+def replan(plan: Plan, refused: Mapping[str, Refused]) -> Plan:
+    """The same plan with some layers ruled out, and with them whatever folds through them."""
+    compiled = compiled_of(plan)
+    return _planned(compiled.seen, compiled.chosen, refused)
+
+
+def compiled_of(plan: Plan) -> Compiled:
+    """What `plan_fold` keeps with a plan."""
+    if not isinstance(plan._compiled, Compiled):
+        raise PlanError("Cannot carry out this plan: it was not made by plan_fold in this process.")
+    return plan._compiled
+
+
+def compiled_for(plan: Plan, model: nn.Module) -> Compiled:
+    """The same, for the model that the plan was made for, unchanged since."""
+    compiled = compiled_of(plan)
+    if compiled.seen.source is not unwrap(model):
+        raise PlanError("Cannot carry out this plan: it is of another model. Plan this one.")
+    if compiled.versions != _tensor_versions(compiled.seen.model):
+        raise PlanError("Cannot carry out this plan: the model has changed since. Plan again.")
+    return compiled
+
+
+def _planned(seen: Observation, chosen: frozenset[str], refused: Mapping[str, Refused]) -> Plan:
+    forced = dict(refused)
+    outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
     if _differences(outcomes) and seen.examples.shapes != seen.second.shapes:
         seen = observe_again(seen)
-    decisions, folds = _decide(seen.graphs, chosen, dict(refused or {}))
+        outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
+    while differing := _differences(outcomes):
+        forced.update(differing)
+        outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
+    decisions, folds = _decisions(seen.graphs[0], outcomes[0])
     inputs = f"{seen.examples}{' (inferred)' if seen.examples.inferred else ''}"
-    return Plan(decisions, inputs, seen.warnings, folds)
+    compiled = Compiled(seen, chosen, folds, _tensor_versions(seen.model))
+    return Plan(decisions, inputs, seen.warnings, compiled)
+
+
+def _tensor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        f"{path}.{name}": (id(tensor), -1 if tensor.is_inference() else tensor._version)
+        for path, _, name, tensor in named_tensors(model)
+    }
 
 
 def _select(layers: Sequence[NormLayer], only: Patterns, skip: Patterns) -> set[str]:
@@ -76,22 +129,6 @@ def _select(layers: Sequence[NormLayer], only: Patterns, skip: Patterns) -> set[
         if any(fnmatchcase(path, p) for p in wanted)
         and not any(fnmatchcase(path, p) for p in unwanted)
     }  # fmt: skip
-
-
-def _decide(
-    graphs: Sequence[Graph], chosen: set[str], forced: dict[str, Refused]
-) -> tuple[tuple[Decision, ...], tuple[NormFold, ...]]:
-    """Decide on every norm layer of graphs recorded from one model with different inputs.
-
-    A fold must come out the same in every graph; where it does not, the layer is kept as
-    data-dependent, and whatever was to fold through it is decided again.
-    """
-    while True:
-        outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in graphs]
-        differing = _differences(outcomes)
-        if not differing:
-            return _decisions(graphs[0], outcomes[0])
-        forced.update(differing)
 
 
 def _differences(outcomes: Sequence[dict[str, Outcome]]) -> dict[str, Refused]:

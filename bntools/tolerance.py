@@ -9,10 +9,21 @@ from torch import Tensor
 
 from bntools.report import OutputError
 
-__all__ = ["EPS_FACTOR", "FACTOR", "FLOAT64_LIMIT", "float64_limit", "judge", "limit", "relative_error"]
+__all__ = [
+    "BLIND_FACTOR",
+    "EPS_FACTOR",
+    "FACTOR",
+    "FLOAT64_LIMIT",
+    "float64_limit",
+    "judge",
+    "limit",
+    "relative_error",
+]
 
 FACTOR = 4.0
 EPS_FACTOR = 8.0
+BLIND_FACTOR = 80.0
+"""Roundings granted where the reference's own error cannot be known: 1e-5 in float32."""
 FLOAT64_LIMIT = 1e-10
 
 
@@ -32,21 +43,23 @@ def float64_limit(reference_error: float, dtype: torch.dtype) -> float:
     `reference_error / eps(dtype)` is the network's own amplification of rounding; the second term
     exceeds 1e-10 only where the reference in its own dtype is off by more than 5e-5 (float32).
     """
+    if not math.isfinite(reference_error):
+        return FLOAT64_LIMIT
     amplification = reference_error / torch.finfo(dtype).eps
     return max(FLOAT64_LIMIT, 1000 * amplification * torch.finfo(torch.float64).eps)
 
 
 def relative_error(candidate: Tensor, truth: Tensor) -> float:
-    """`||candidate - truth|| / ||truth||` in float64; inf where one is zero or not finite alone.
+    """`||candidate - truth|| / ||truth||` in float64; inf where only one of them is finite.
 
-    Positions where both hold the same infinity, or both NaN, count as equal.
+    Positions where both hold the same value, the same infinity, or NaN count as equal.
     """
     a, b = candidate.detach().cpu().double().flatten(), truth.detach().cpu().double().flatten()
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):
         return 0.0
-    finite = b.isfinite()
-    if not bool((finite & a.isfinite() | same).all()):
+    finite = a.isfinite() & b.isfinite()
+    if not bool((finite | same).all()):
         return math.inf
     scale = float(b[finite].abs().max())
     if scale == 0:
@@ -60,27 +73,30 @@ def judge(
 ) -> OutputError:
     """Judge one output of a candidate against the truth, beside the reference's own error.
 
-    `allowed` replaces the limit that follows from the reference's error and the dtype. A NaN,
-    an empty output or another shape is never a pass; integer outputs must be equal.
+    `allowed` replaces the limit that follows from the reference's error and the dtype. A NaN, an
+    empty output or another shape is never a pass; integer outputs may differ as far as the
+    reference's own do.
     """
     fault = _fault(truth, candidate)
-    dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
-    own = relative_error(reference, truth)
-    most = limit(own, dtype) if allowed is None else allowed
     if fault:
-        return OutputError(name, math.inf, own, most, math.inf, passed=False, note=fault)
+        return OutputError(name, math.inf, 0.0, 0.0, math.inf, passed=False, note=fault)
+    own = relative_error(reference, truth) if reference.shape == truth.shape else math.inf
     error = relative_error(candidate, truth)
-    if not truth.dtype.is_floating_point and not truth.dtype.is_complex:
-        most = own if allowed is None else most
-    gap = float((candidate.cpu().double() - truth.cpu().double()).abs().nan_to_num(0.0).max())
-    return OutputError(name, error, own, most, gap, passed=error <= most)
+    floats = [t.dtype for t in (reference, candidate) if t.is_floating_point()]
+    if allowed is None:
+        coarsest = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+        allowed = own if coarsest is None else limit(own, coarsest)
+    gap = (candidate.detach().cpu().double() - truth.detach().cpu().double()).abs()
+    return OutputError(
+        name, error, own, allowed, float(gap.nan_to_num(0.0).max()), passed=error <= allowed
+    )
 
 
 def _fault(truth: Tensor, candidate: Tensor) -> str:
     if truth.shape != candidate.shape:
         return f"shape {tuple(candidate.shape)} instead of {tuple(truth.shape)}"
     if not truth.numel():
-        return "the output is empty, so there is nothing to compare"
+        return "empty: there is nothing to compare"
     if bool(truth.isnan().any()):
         return "the reference itself gives NaN"
     if bool(candidate.isnan().any()):

@@ -56,6 +56,7 @@ _OTHER_CLASSES = frozenset(
         "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional",
         "torch.ao.quantization.stubs.DeQuantStub",
         "torch.ao.quantization.stubs.QuantStub",
+        "torch.nn.modules.module._WrappedHook",
         "torch.nn.utils.prune.RandomUnstructured",
         "torch.nn.utils.spectral_norm.SpectralNorm",
         "torch.nn.utils.spectral_norm.SpectralNormLoadStateDictPreHook",
@@ -626,8 +627,9 @@ def _refusal(unknown: dict[str, set[str]], forbidden: list[str]) -> str:
     if hostile or forbidden:
         asks = [f"it asks for {', '.join(sorted(hostile))}"] if hostile else []
         return (
-            f"{'; '.join([*asks, *dict.fromkeys(forbidden)])}. No network needs that to be loaded, "
-            "it can run any code: do not use this file"
+            f"{'; '.join([*asks, *dict.fromkeys(forbidden)])}, which can run any code, and was not "
+            "run. If you made the file, save model.state_dict() instead and load it with --arch; "
+            "if not, do not use it"
         )
     names = sorted(unknown)
     options = [n.replace("__main__.", "MODULE.") for n in names]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from zoo import IMAGE, Net, case, fold, keep, rand
+from zoo import IMAGE, Net, case, either, fold, keep, rand
 
 from bntools.report import Reason
 
@@ -720,7 +720,12 @@ def running_mean_used_elsewhere():
     return Net(lambda m, x: m.bn(m.conv(x)) + m.bn.running_mean.mean(), **_parts())
 
 
-@case({"folds": fold("conv"), "stays": keep(Reason.NOT_AFTER_LINEAR)})
+@case(
+    {
+        "folds": either("conv", reasons=(Reason.SHARED_STATISTICS,)),
+        "stays": keep(Reason.NOT_AFTER_LINEAR, Reason.SHARED_STATISTICS),
+    }
+)
 def kept_norm_shares_its_affine_with_a_folded_one():
     first, second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
     second.weight, second.bias = first.weight, first.bias

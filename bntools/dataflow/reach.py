@@ -214,7 +214,7 @@ def _norm_channels(seen: Tensor, dim: int, labels: Labels) -> Tensor:
 
 
 def _by_host(affine: Affine, target: Tensor) -> Affine:
-    result = Affine.identity(target.numel(), affine.scale.device)
+    result = Affine.identity(target.numel())
     met = target >= 0
     result.scale[met] = affine.scale[target[met]]
     result.shift[met] = affine.shift[target[met]]

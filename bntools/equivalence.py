@@ -1,0 +1,191 @@
+"""Equivalence of two models, judged against float64 truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bntools.errors import InputError, NondeterministicError
+from bntools.examples import Examples, given
+from bntools.modules import duplicate, named_modules, named_tensors, preserved, unwrap
+from bntools.report import Equivalence
+from bntools.tolerance import BLIND_FACTOR, EPS_FACTOR, FACTOR, judge
+
+__all__ = ["Outputs", "Truth", "compare", "find_truth", "run", "verify"]
+
+Outputs = dict[str, Tensor]
+
+
+def verify(reference: nn.Module, candidate: nn.Module, inputs: Any) -> Equivalence:
+    """Judge whether two models in eval mode give the same outputs.
+
+    The truth is the reference in float64 on the CPU; the candidate's relative L2 error may be
+    `max(4 * the reference's own error, 8 * eps of the dtype)`. `inputs` is a tensor, a tuple of
+    positional arguments or a dict of keyword arguments. The answer is falsy where the models
+    differ; a NaN, another shape, or nothing to compare is never a pass.
+
+    Raises `InputError` where the reference does not run on the inputs, `NondeterministicError`
+    where two of its forwards differ.
+
+    Example:
+        >>> import copy, torch, bntools
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2)).eval()
+        >>> other = copy.deepcopy(model)
+        >>> x = torch.ones(3, 4)
+        >>> bool(bntools.verify(model, other, x))
+        True
+        >>> _ = other[1].running_mean.add_(0.001)
+        >>> bool(bntools.verify(model, other, x))
+        False
+    """
+    examples = given(inputs)
+    reference, candidate = unwrap(reference), unwrap(candidate)
+    truth = find_truth(reference, examples)
+    outputs = run(candidate, examples.cast(_dtype(candidate), _device(candidate)))
+    return compare(truth, outputs, inputs=str(examples))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the reference gives: in float64 (or in its own dtype, where it cannot), and natively."""
+
+    exact: Outputs
+    native: Outputs
+    dtype: torch.dtype
+    is_float64: bool
+    double: nn.Module | None = None
+
+
+def find_truth(reference: nn.Module, examples: Examples, *, keep: bool = False) -> Truth:
+    """Run the reference natively, twice, and in float64 once; `keep` keeps the float64 copy."""
+    dtype = _dtype(reference)
+    native = _natively(reference, examples.cast(dtype, _device(reference)))
+    double = duplicate(reference).to(device="cpu", dtype=torch.float64)
+    try:
+        exact = run(double, examples.cast(torch.float64, "cpu"))
+    except Exception:
+        # a dtype is hard-coded somewhere in the model
+        return Truth(native, native, dtype, is_float64=False)
+    return Truth(exact, native, dtype, is_float64=True, double=double if keep else None)
+
+
+def _natively(reference: nn.Module, examples: Examples) -> Outputs:
+    try:
+        outputs, again = run(reference, examples), run(reference, examples, seed=1)
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"Cannot run the reference on {examples}: {type(error).__name__}: {why}."
+            " Give inputs that it accepts."
+        ) from error
+    for name, tensor in outputs.items():
+        other = again.get(name)
+        if other is None or other.shape != tensor.shape or not _nearly(tensor, other):
+            raise NondeterministicError(
+                f"Cannot judge {name}: two forwards of the reference on the same input differ, so"
+                " equality means nothing. Turn off what draws random numbers (dropout, sampling)."
+            )
+    return outputs
+
+
+def _nearly(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(a.abs().nan_to_num(0.0).max()) if a.numel() else 0.0
+    most = 1000 * torch.finfo(a.dtype).eps * scale
+    return torch.allclose(a.double(), b.double(), rtol=0, atol=most, equal_nan=True)
+
+
+def compare(
+    truth: Truth, outputs: Mapping[str, Tensor], *, inputs: str = "", allowed: float | None = None
+) -> Equivalence:
+    """Judge outputs against the truth; `allowed` is a limit in place of the one that follows."""
+    if allowed is None and not truth.is_float64:
+        allowed = BLIND_FACTOR * torch.finfo(truth.dtype).eps
+    names = dict.fromkeys((*truth.exact, *outputs))
+    nothing = torch.empty(0)
+    judged = tuple(
+        judge(
+            name,
+            truth.exact.get(name, nothing),
+            truth.native.get(name, nothing),
+            outputs.get(name, nothing),
+            allowed=allowed,
+        )
+        for name in names
+    )
+    notes = () if truth.is_float64 else ("the reference does not run in float64: no exact truth",)
+    return Equivalence(
+        judged,
+        truth="float64" if truth.is_float64 else _name(truth.dtype),
+        dtype=_name(truth.dtype),
+        factor=FACTOR,
+        eps_factor=EPS_FACTOR if truth.is_float64 else BLIND_FACTOR,
+        inputs=inputs,
+        notes=notes,
+    )
+
+
+def run(
+    model: nn.Module, examples: Examples, *, seed: int = 0, watch: Sequence[str] = ()
+) -> Outputs:
+    """One forward in eval mode that leaves no trace; the outputs by name.
+
+    `watch` adds the outputs of the modules at these paths, call by call.
+    """
+    seen: Outputs = {}
+    with preserved(model), torch.no_grad(), _watching(model, watch, seen):
+        torch.manual_seed(seed)
+        if model.training:
+            model.eval()
+        out = model(*examples.args, **examples.kwargs)
+    return {**dict(_named("output", out)), **seen}
+
+
+@contextmanager
+def _watching(model: nn.Module, paths: Sequence[str], seen: Outputs) -> Iterator[None]:
+    handles = []
+    for path, module in named_modules(model) if paths else ():
+        if path in paths:
+
+            def keep(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
+                calls = sum(name.startswith(f"{path} ") for name in seen)
+                seen.update({k: t.clone() for k, t in _named(f"{path} call {calls}", out)})
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, torch.view_as_real(value) if value.is_complex() else value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _named(f"{name}[{index}]", item)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from _named(name, vars(value))
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    floats = (t.dtype for *_, t in named_tensors(model) if t.is_floating_point())
+    return next(floats, torch.float32)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for *_, t in named_tensors(model)), torch.device("cpu"))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

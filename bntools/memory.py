@@ -1,0 +1,56 @@
+"""How much memory a piece of work takes at its peak."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Peak", "peak_memory"]
+
+_STATM = Path("/proc/self/statm")
+_PERIOD = 0.005
+
+
+@dataclass
+class Peak:
+    """The growth of the process's resident memory in bytes; None where it cannot be read."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Watch the resident memory of this process while the body runs (Linux; every 5 ms)."""
+    peak = Peak()
+    before = _resident()
+    if before is None:
+        yield peak
+        return
+    peak.bytes = 0
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_PERIOD):
+            peak.bytes = max(peak.bytes or 0, (_resident() or before) - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+        peak.bytes = max(peak.bytes, (_resident() or before) - before)
+
+
+def _resident() -> int | None:
+    import resource
+
+    try:
+        pages = int(_STATM.read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * resource.getpagesize()

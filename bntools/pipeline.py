@@ -1,0 +1,141 @@
+"""Whole ways: fold and prove, with roll-back."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from bntools.dataflow.reach import Refused
+from bntools.memory import peak_memory
+from bntools.observing import observe
+from bntools.planning import (
+    Compiled,
+    Patterns,
+    compiled_for,
+    compiled_of,
+    plan_observed,
+    replan,
+)
+from bntools.proving import Proof, Prover
+from bntools.report import Check, Plan, Reason, Report, Result
+from bntools.surgery.folding import Folded, fold_copy
+
+__all__ = ["fold"]
+
+_MOST_CULPRITS = 16
+
+
+def fold(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    only: Patterns = "*",
+    skip: Patterns = (),
+    seed: int = 0,
+) -> Result:
+    """Fold the norm layers of a model into its linear layers, and prove the result.
+
+    The argument is left as it was; the result is a copy in eval mode, checked on fresh inputs
+    drawn from `seed`, in float64 and in the model's own dtype. A fold that fails its check is
+    undone, reported as check-failed, and the rest is delivered. `example_inputs`, `only` and
+    `skip` are those of `plan_fold`; `plan` is one that it made for this model.
+
+    Raises `InputError` where the model does not run, `PlanError` for a plan of another model,
+    `NondeterministicError` where two forwards on the same input differ.
+
+    Example:
+        >>> import torch, bntools
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> result = bntools.fold(model, torch.rand(1, 3, 8, 8))
+        >>> result.model
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+        )
+    """
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "plan"):
+        if plan is None:
+            plan = plan_observed(observe(model, example_inputs), only=only, skip=skip)
+        compiled = compiled_for(plan, model)
+    with _timed(seconds, "fold"):
+        folded = fold_copy(compiled.seen.model, compiled.folds)
+    check = None
+    if plan.folds:
+        with _timed(seconds, "check"):
+            plan, folded, check = _proven(plan, compiled, folded, seed)
+    report = Report(
+        "fold",
+        plan.decisions,
+        check,
+        inputs=plan.inputs,
+        warnings=plan.warnings,
+        flushed=folded.flushed,
+        seconds=seconds,
+        versions=_versions(),
+    )
+    return Result(folded.model, report, folded.recipe)
+
+
+def _proven(
+    plan: Plan, compiled: Compiled, folded: Folded, seed: int
+) -> tuple[Plan, Folded, Check]:
+    """Check a fold, and undo one after the other the folds that make the check fail."""
+    seen = compiled.seen
+    examples = seen.fresh(seed)
+    refused: dict[str, Refused] = {}
+    with peak_memory() as peak:
+        prover = Prover(seen.model, examples, [d.path for d in plan.folds])
+        proof = _attempt(prover, compiled, folded)
+        while not proof:
+            if len(refused) == _MOST_CULPRITS:
+                refused.update({d.path: _UNPROVEN for d in plan.folds})
+            else:
+                fold_, why = prover.culprit(compiled.folds)
+                refused[fold_.layer.path] = Refused(Reason.CHECK_FAILED, f"undone: {why}")
+            plan = replan(plan, refused)
+            compiled = compiled_of(plan)
+            folded = fold_copy(seen.model, compiled.folds)
+            proof = _attempt(prover, compiled, folded)
+    check = Check(
+        proof.native, proof.float64, seed, str(examples), tuple(refused), peak_bytes=peak.bytes
+    )
+    return plan, folded, check
+
+
+def _attempt(prover: Prover, compiled: Compiled, folded: Folded) -> Proof:
+    try:
+        return prover.check(compiled.folds, folded)
+    except Exception:
+        if not compiled.folds:
+            raise
+        return Proof(prover.nothing(), None)
+
+
+_UNPROVEN = Refused(Reason.CHECK_FAILED, "undone: too many folds of this model fail their check")
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = round(time.perf_counter() - start, 4)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("bntools", "torch", "torchvision"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
