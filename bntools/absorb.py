@@ -15,8 +15,8 @@ from bntools.affine import Affine
 __all__ = ["SMALLEST_NORMAL", "Absorbed", "OutputLayout", "absorb_after", "overflows"]
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_BLOCK = 1 << 17
-_JUST_BELOW = SMALLEST_NORMAL * (1 - 2**-52)
+# the largest block that torch does not split over threads: it stays in a core's cache as well
+_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def absorb_after(
     scaled, flushed = _scale_blocks(weight, affine.scale.to(weight.device), layout)
     if bias is None and not affine.shift.any():
         return Absorbed(scaled, None, flushed)
-    shifted, more = _flush(_shifted(bias, affine), weight.dtype)
     like = weight if bias is None else bias
-    return Absorbed(scaled, shifted.to(like.device, like.dtype), flushed + more)
+    shifted = _shifted(bias, affine).to(like.device, like.dtype, copy=True)
+    return Absorbed(scaled, shifted, flushed + _flush(shifted))
 
 
 def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: OutputLayout) -> bool:
@@ -103,22 +103,28 @@ def _scale_blocks(weight: Tensor, scale: Tensor, layout: OutputLayout) -> tuple[
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             factor = factors[group, part] if by_row else factors[group]
-            block, count = _flush(torch.mul(rows[part], factor), weight.dtype)
-            target[group, part].copy_(block)
-            flushed += count
+            block = target[group, part]
+            block.copy_(torch.mul(rows[part], factor))  # float32 times float64 is float64
+            flushed += _flush(block)
     if not weight.is_contiguous():
         scaled = torch.empty_like(weight).copy_(scaled)
     return scaled, flushed
 
 
-def _flush(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Zero what is subnormal in float32: it changes no result and slows convolutions down."""
-    if dtype == torch.float16:
-        return values, 0
-    flushed = torch.nn.functional.hardshrink(values, _JUST_BELOW)
-    if torch.equal(flushed, values):
-        return values, 0
-    return flushed, int((flushed == 0).sum() - (values == 0).sum())
+def _flush(values: Tensor) -> int:
+    """Zero what is subnormal in float32: it changes no result and slows convolutions down.
+
+    Works in place and returns how many values it zeroed; float16 needs its small values.
+    """
+    if values.dtype == torch.float16:
+        return 0
+    below = SMALLEST_NORMAL * (1 - torch.finfo(values.dtype).eps / 2)
+    normal = torch.nn.functional.hardshrink(values, below)
+    if torch.equal(normal, values):
+        return 0
+    count = int(values.count_nonzero() - normal.count_nonzero())
+    values.copy_(normal)
+    return count
 
 
 def _channel_peaks(weight: Tensor, layout: OutputLayout) -> Tensor:

@@ -224,8 +224,7 @@ def _read_torch(probe: Probe, request: Request) -> Loaded:
         return _whole(content, probe, request)
     if isinstance(content, Mapping) and "bntools_version" in content:
         return _own(content, probe, request)
-    where, found = _chosen(content, probe)
-    notes = [f"took the weights at {where!r}"] if where else []
+    found, notes = _chosen(content, probe)
     notes += [f"left out what else is in the file ({', '.join(leftovers)})"] if leftovers else []
     if isinstance(found, nn.Module):
         loaded = _whole(found, probe, request)
@@ -302,8 +301,8 @@ def _whole(model: nn.Module, probe: Probe, request: Request) -> Loaded:
     for value in _contents(model, seen):
         if isinstance(value, Leftover):
             raise probe.fails(
-                "the model holds objects that are no part of torch. Save it without them, or name "
-                "them with --allow package.Class"
+                f"the model holds a {value.wanted}, which is no part of a network. If you trust "
+                f"the file, add --allow {value.wanted} (in Python allow=({value.wanted!r},))"
             )
         if isinstance(value, nn.Module) and not _is_sound(value):
             raise probe.fails(f"it is damaged: a {type(value).__name__} in it is incomplete")
@@ -349,24 +348,29 @@ def _is_sound(module: nn.Module) -> bool:
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
-def _chosen(content: Any, probe: Probe) -> tuple[str, Any]:
-    """Where in a checkpoint the model or its weights are, and these."""
+def _chosen(content: Any, probe: Probe) -> tuple[Any, list[str]]:
+    """The model or the weights in a checkpoint, and what to say about the choice."""
     if _is_state_dict(content):
-        return "", content
-    places = list(_places(content))
-    known = [place for place in places if place[0].rpartition(".")[2] in _KNOWN_KEYS]
-    if known:
-        return min(
-            known, key=lambda p: (p[0].count("."), _KNOWN_KEYS.index(p[0].rpartition(".")[2]))
-        )
-    if len(places) == 1:
-        return places[0]
-    if places:
+        return content, []
+    places = dict(_places(content))
+    if not places:
+        raise probe.fails(f"it holds {_described(content)}, and no model and no weights")
+    usual = sorted((rank for rank in map(_rank, places) if rank), key=lambda rank: rank[:2])
+    if not usual and len(places) > 1:
         raise probe.fails(
-            f"it holds several sets of weights ({_some([place for place, _ in places])}) and none "
-            "under a usual name. Save the one that you want alone"
+            f"it holds several sets of weights ({_some(places)}) and none under a usual name. "
+            "Save the one that you want alone"
         )
-    raise probe.fails(f"it holds {_described(content)}, and no model and no weights")
+    where = usual[0][2] if usual else next(iter(places))
+    others = [place for place in places if place != where]
+    instead = f", not those at {_some([repr(place) for place in others])}" if others else ""
+    return places[where], [f"took the weights at {where!r}{instead}"]
+
+
+def _rank(place: str) -> tuple[int, int, str] | None:
+    """How usual a place is: its depth, then the order of the usual keys."""
+    key = place.rpartition(".")[2]
+    return (place.count("."), _KNOWN_KEYS.index(key), place) if key in _KNOWN_KEYS else None
 
 
 def _places(content: Any, above: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -494,16 +498,13 @@ def _fill(model: nn.Module, state: Mapping[str, Any], arch: str, probe: Probe) -
         unexpected = [name for name in state if name not in expected]
     else:
         missing, unexpected = model.load_state_dict(state, strict=False)
-    problems = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
-    if unexpected:
-        problems.append(f"{len(unexpected)} are not in the architecture ({_some(unexpected)})")
-    if wrong:
-        shapes = [f"{k} {a} in the file, {b} in the architecture" for k, (a, b) in wrong.items()]
-        problems.append(f"{len(wrong)} have another shape ({_some(shapes)})")
+    shapes = [f"{k} {a} in the file, {b} in the architecture" for k, (a, b) in wrong.items()]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
     if problems:
         raise probe.fails(
-            f"it does not fit {arch}: {'; '.join(problems)}. Name the architecture that it was "
-            "saved from; one with other options needs --arch package.module:factory"
+            f"it does not fit {arch}: weights are {', '.join(problems)}. Name the architecture "
+            "that it was saved from; one with other options needs --arch package.module:factory"
         )
 
 

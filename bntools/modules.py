@@ -21,7 +21,7 @@ __all__ = [
     "named_modules",
     "named_tensors",
     "preserved",
-    "replace_module",
+    "replace_modules",
     "unwrap",
 ]
 
@@ -66,19 +66,17 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """Put a module in the place of the one at `path`, under every name that it has.
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
+    """Put modules in the place of those at the given paths, under every name that these have.
 
-    Returns the model, which is `new` itself where the path is "".
+    Returns the model, which is another one where the path "" is given.
     """
-    old = get_module(model, path)
-    if old is model:
-        return new
-    for _, module in list(named_modules(model)):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
-    return model
+    by_id = {id(get_module(model, path)): module for path, module in new.items()}
+    for _, parent in list(named_modules(model)):
+        for name, child in parent._modules.items():
+            if id(child) in by_id:
+                parent._modules[name] = by_id[id(child)]
+    return by_id.get(id(model), model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bntools.errors import SurgeryError
-from bntools.modules import get_module, replace_module
+from bntools.modules import get_module, replace_modules
 from bntools.registry import norm_rule
 
 __all__ = ["RECIPE_VERSION", "Edit", "Recipe", "apply_edits", "set_tensors"]
@@ -49,15 +49,16 @@ class Recipe:
 
 def apply_edits(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Carry a recipe out on a model, in place; returns the model, or what takes its place."""
+    remainders: dict[str, nn.Module] = {}
     for edit in recipe.edits:
         module = get_module(model, edit.path)
         if edit.kind == "add-bias":
             module._parameters["bias"] = _empty_bias(module, edit)
         elif edit.kind == "drop-norm":
-            model = replace_module(model, edit.path, _remainder(module))
+            remainders[edit.path] = _remainder(module)
         else:
             raise SurgeryError(f"Cannot apply the edit {edit.kind!r}: this bntools has no such edit.")
-    return model
+    return replace_modules(model, remainders)
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

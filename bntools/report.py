@@ -352,15 +352,20 @@ class Inspection:
 
     def summary(self) -> str:
         """The last line that the command line prints."""
-        decided = [x.decision for x in self.layers if x.decision is not None]
-        if not decided:
-            return "the model has no norm layer to fold"
-        folds = sum(d.action is Action.FOLD for d in decided)
         counts = [sum(f.severity is s for f in self.findings) for s in reversed(Severity)]
-        return (
-            f"{folds} of {len(decided)} norm layers would fold; "
-            f"{counts[0]} errors, {counts[1]} warnings, {counts[2]} notes"
-        )
+        nouns = zip(counts, ("error", "warning", "note"), strict=True)
+        found = ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for n, noun in nouns)
+        return f"{self._folds()}; {found}"
+
+    def _folds(self) -> str:
+        counted = [layer for layer in self.layers if not layer.input_dependent]
+        decided = [layer.decision for layer in counted if layer.decision is not None]
+        if decided:
+            folds = sum(decision.action is Action.FOLD for decision in decided)
+            return f"{folds} of {len(decided)} norm layers would fold"
+        if counted:
+            return f"{len(counted)} norm layer{'s' * (len(counted) > 1)}, health only"
+        return "the model has no norm layer to fold"
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON data."""

@@ -119,6 +119,8 @@ class Refusal(Exception):  # noqa: N818 - a verdict about a file, turned into a 
 class Leftover:
     """Stands for an object beside the weights that is not needed, whatever its pickle says."""
 
+    wanted = ""
+
     def __new__(cls, *_: Any) -> Leftover:
         """Take any arguments."""
         return super().__new__(cls)
@@ -276,7 +278,7 @@ class AllowList:
         if name in _FUNCTIONS:
             return _library_function(name)
         if _LEFTOVERS.fullmatch(name):
-            return Grant(Leftover, create=True, call=_anything, mention=True, with_arguments=True)
+            return _left_out(name)
         return _data_type(name) or _library_class(name)
 
     def _chosen(self, name: str) -> str | None:
@@ -313,6 +315,11 @@ def _granted_by_user(name: str) -> Grant:
         mention=True,
         with_arguments=not module,
     )
+
+
+def _left_out(name: str) -> Grant:
+    stand_in = type("Leftover", (Leftover,), {"wanted": name})
+    return Grant(stand_in, create=True, call=_anything, mention=True, with_arguments=True)
 
 
 def _data_type(name: str) -> Grant | None:
@@ -485,7 +492,7 @@ class _Scan:
                 continue
             if grant.target is not None:
                 self.examined.grants.append((grant.target, name))
-            if grant.target is Leftover:
+            if isinstance(grant.target, type) and issubclass(grant.target, Leftover):
                 self.examined.leftovers.append(name)
             if "mention" in uses and not grant.mention:
                 self.forbidden.append(f"it keeps {name} as a value")

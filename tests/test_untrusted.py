@@ -123,7 +123,7 @@ SINGING = {
     "computed in a persistent id": raw(
         b"(" + text("storage") + RAW_SYSTEM + text("0") * 2 + b"K\x01tQ"
     ),
-    "torch.load again": raw(b"ctorch.serialization\nload\n(" + text("evil.pkl") + b"NNI00\ntR"),
+    "torch.load again": raw(b"ctorch.serialization\nload\n(" + text("evil.pkl") + b"NNtR"),
     "torch.hub": raw(b"ctorch.hub\nload\n" + text("songbird") + text("sing") + b"\x86R"),
     "a downloader of torchvision": raw(
         b"ctorchvision.datasets.utils\ndownload_url\n" + text("file:///") * 2 + b"\x86R"
@@ -148,7 +148,7 @@ SINGING = {
 @pytest.mark.parametrize("payload", SINGING.values(), ids=SINGING.keys())
 @WRITERS
 def test_a_malicious_file_runs_nothing(write, payload, canary, tmp_path):
-    with pytest.raises(LoadError, match=r"Cannot load .*model\.pt: it ") as caught:
+    with pytest.raises(LoadError, match=r"Cannot load .*model\.pt: its? ") as caught:
         load(write(tmp_path / "model.pt", payload))
     assert not canary.exists()
     assert "songbird" not in sys.modules

@@ -699,9 +699,10 @@ def half_precision_subnormals():
 @case({"bn": fold("conv")}, dtype=torch.float16)
 def half_convolution_and_float_norm():
     return Net(
-        lambda m, x: m.bn(m.conv(x).to(m.bn.weight.dtype)),
+        lambda m, x: m.head(m.bn(m.conv(x).to(m.head.weight.dtype))),
         conv=nn.Conv2d(3, 6, 3).half(),
         bn=nn.BatchNorm2d(6),
+        head=nn.Conv2d(6, 2, 1),
     )
 
 

@@ -23,7 +23,9 @@ from bntools.dataflow.operations import operation
 from bntools.dataflow.tape import Tape, tensors_in
 from bntools.modules import preserved
 
-__all__ = ["record", "tensors_in"]
+__all__ = ["record"]
+
+_SMALL = 1 << 16
 
 _LEAVING = {
     torch.Tensor.numpy: "numpy()",
@@ -45,7 +47,7 @@ def record(
         if model.training:
             model.eval()
         tape = Tape(model)
-        with torch.no_grad(), _compiled_code_runs_eagerly(), _watched(tape):
+        with torch.no_grad(), _compiled_code_runs_eagerly(), _few_threads(args), _watched(tape):
             for value in tensors_in((args, kwargs)):
                 tape.source(value)
             out = model(*args, **(kwargs or {}))
@@ -63,6 +65,18 @@ def _compiled_code_runs_eagerly() -> Iterator[None]:
     )
     with stance:
         yield
+
+
+@contextmanager
+def _few_threads(args: Any) -> Iterator[None]:
+    """On a small input threads cost more than they bring: they spin while the recorder works."""
+    before = torch.get_num_threads()
+    small = sum(tensor.numel() for tensor in tensors_in(args)) < _SMALL
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -282,6 +282,10 @@ def _results(out: Any) -> list[Tensor]:
 
 
 def _moves_floats(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    dtype = kwargs.get("dtype")
+    """Whether real numbers are moved, and arrive as they were: a narrowing cast rounds them."""
     first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-    return bool(first.dtype.is_floating_point and (dtype is None or dtype.is_floating_point))
+    to = kwargs.get("dtype") or first.dtype
+    if not (first.dtype.is_floating_point and to.is_floating_point):
+        return False
+    before, after = torch.finfo(first.dtype), torch.finfo(to)
+    return after.eps <= before.eps and after.max >= before.max

@@ -1,0 +1,239 @@
+"""Run bntools over the zoo and write the table: `python tests/zoo_table.py --out FILE`.
+
+Beside each model stands what `torch.fx.experimental.optimization.fuse` folds of it, and how many
+layers an independent count (the oracle) finds foldable, where it has that model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import gc
+import io
+import math
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from randomise import cast, difference, named_modules, norms, outputs, randomise, settle
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from zoo_models import MODELS, Model
+
+import bntools
+from bntools.report import Plan
+from bntools.surgery.folding import fold_copy, fold_in_place
+
+__all__ = ["LIMIT", "ORACLE", "TABLE", "Row", "measure", "oracle_counts", "write"]
+
+TABLE = Path(__file__).with_name("zoo_table.csv")
+ORACLE = Path(__file__).parents[2] / "shared" / "tools" / "zoo_counts.csv"
+LIMIT = 1e-10
+_GIANT = 300e6  # parameters: two copies in float64 do not fit into a small machine
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `oracle` is empty where the oracle has not counted the model."""
+
+    model: str
+    norms: int
+    folded: int
+    kept: str
+    oracle: str
+    fx_folded: str
+    error: float
+    seconds: float
+    note: str = ""
+
+    def problems(self) -> list[str]:
+        """What is wrong with this row, one sentence each."""
+        found = [self.note] if self.note else []
+        if not self.error <= LIMIT:
+            found.append(f"the fold is off by {self.error:.2g}")
+        if self.oracle and self.folded < int(self.oracle):
+            found.append(f"{self.folded} layers fold, but the oracle folds {self.oracle}")
+        if self.fx_folded.isdigit() and self.folded < int(self.fx_folded):
+            found.append(f"{self.folded} layers fold, but torch.fx fuse folds {self.fx_folded}")
+        return found
+
+
+class _FloatIsDouble(TorchFunctionMode):
+    """Makes `tensor.float()` give float64, for models that say so."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*args, **(kwargs or {}))
+
+
+def measure(entry: Model) -> Row:
+    """Plan and fold one model in float64 and compare it with itself on inputs not recorded."""
+    with _FloatIsDouble() if entry.says_float else contextlib.nullcontext():
+        return _measured(entry)
+
+
+def _measured(entry: Model) -> Row:
+    torch.manual_seed(0)
+    model = entry.build().eval()
+    fx_folded = _fx_folded(model)
+    recorded, compared = (cast(entry.example(seed), torch.float64) for seed in (1, 2))
+    model.double()
+    randomise(model)
+    settle(model, compared)
+    start = time.perf_counter()
+    plan = bntools.plan_fold(model, recorded)
+    seconds = time.perf_counter() - start
+    note = _miscounted(model, plan)
+    count = len(norms(model))
+    truth = _observed(model, entry, compared)
+    start = time.perf_counter()
+    folded = _folded(model, plan)
+    seconds += time.perf_counter() - start
+    del model
+    reasons = Counter(d.reason.value for d in plan.kept if d.reason is not None)
+    return Row(
+        entry.name,
+        count,
+        len(plan.folds),
+        " ".join(f"{reason}:{n}" for reason, n in sorted(reasons.items())),
+        oracle_counts().get(entry.name, ""),
+        fx_folded,
+        float(f"{difference(_observed(folded, entry, compared), truth):.1e}"),
+        round(seconds, 2),
+        note,
+    )
+
+
+def write(rows: dict[str, Row], path: Path) -> None:
+    """Write the table, in the order of the zoo."""
+    ordered = [rows[name] for name in MODELS if name in rows]
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(row) for row in ordered)
+
+
+def oracle_counts() -> dict[str, str]:
+    """How many layers fold backward by the oracle's count; empty where its table is not there."""
+    if not ORACLE.exists():
+        return {}
+    zoos = {"tv": "torchvision", "timm": "timm"}
+    with ORACLE.open(newline="") as file:
+        lines = csv.DictReader(file)
+        return {f"{zoos[line['zoo']]}:{line['name']}": line["o_backward"] for line in lines}
+
+
+def _folded(model: nn.Module, plan: Plan) -> nn.Module:
+    folds = plan._compiled.folds
+    if sum(p.numel() for p in model.parameters()) < _GIANT:
+        return fold_copy(model, folds).model
+    for fold in folds:
+        model = fold_in_place(model, [fold])
+    return model
+
+
+def _miscounted(model: nn.Module, plan: Plan) -> str:
+    planned = Counter(d.path for d in plan.decisions)
+    twice = [path for path, n in planned.items() if n > 1]
+    missing = sorted(norms(model).keys() ^ planned.keys())
+    said = [f"planned twice: {twice}"] if twice else []
+    return "; ".join(said + ([f"not one decision each: {missing}"] if missing else []))
+
+
+def _observed(model: nn.Module, entry: Model, inputs: Any) -> list[Tensor]:
+    """The outputs, and those of the watched modules; empty ones say nothing."""
+    seen: list[Any] = []
+    with contextlib.ExitStack() as hooks:
+        for path, module in named_modules(model):
+            if path in entry.watch:
+                handle = module.register_forward_hook(lambda _, __, out: seen.append(out))
+                hooks.callback(handle.remove)
+        found = outputs(model, inputs)
+    for out in seen:
+        found += out.values() if isinstance(out, dict) else [out]
+    return [tensor for tensor in found if tensor.numel()]
+
+
+def _fx_folded(model: nn.Module) -> str:
+    """How many norm layers fx fuse removes from a copy without contents; it prints when it fails."""
+    from torch.fx.experimental.optimization import fuse
+
+    before = len(norms(model))
+    hollow = {
+        id(t): nn.Parameter(t.to("meta"), t.requires_grad)
+        if isinstance(t, nn.Parameter)
+        else t.to("meta")
+        for t in (*model.parameters(), *model.buffers())
+    }
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        try:
+            fused = fuse(copy.deepcopy(model, hollow), inplace=True)
+        except Exception:
+            return "untraceable"
+    return str(before - len(norms(fused)))
+
+
+def _failed(entry: Model, error: Exception) -> Row:
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Row(entry.name, 0, 0, "", oracle_counts().get(entry.name, ""), "", math.inf, 0.0, why)
+
+
+def _read(path: Path) -> dict[str, Row]:
+    types = {"norms": int, "folded": int, "error": float, "seconds": float}
+    with path.open(newline="") as file:
+        found = [
+            Row(**{key: types.get(key, str)(value) for key, value in line.items()})
+            for line in csv.DictReader(file)
+        ]
+    return {row.model: row for row in found}
+
+
+def main() -> int:
+    """Measure what is asked for; exit with 1 where a row has a problem."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=TABLE, help="the table (CSV)")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="models, as in 'timm:*'")
+    parser.add_argument("--resume", action="store_true", help="keep the sound rows of the table")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rows = _read(options.out) if options.resume and options.out.exists() else {}
+    for entry in MODELS.values():
+        done = entry.name in rows and not rows[entry.name].problems()
+        if done or not fnmatchcase(entry.name, options.only):
+            continue
+        try:
+            rows[entry.name] = measure(entry)
+        except Exception as error:
+            rows[entry.name] = _failed(entry, error)
+        gc.collect()
+        write(rows, options.out)
+        _say(rows[entry.name])
+    return int(any(row.problems() for row in rows.values()))
+
+
+def _say(row: Row) -> None:
+    said = "; ".join(row.problems()) or "ok"
+    sys.stderr.write(
+        f"{row.model}: folded {row.folded} of {row.norms} (oracle {row.oracle or '-'},"
+        f" fx {row.fx_folded}), error {row.error:.1e}, {row.seconds:.1f} s, kept"
+        f" {row.kept or 'none'}: {said}\n"
+    )
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
