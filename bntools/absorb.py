@@ -118,7 +118,7 @@ def _flush(values: Tensor) -> int:
     """
     if values.dtype == torch.float16:
         return 0
-    below = SMALLEST_NORMAL * (1 - torch.finfo(values.dtype).eps / 2)
+    below = SMALLEST_NORMAL * (1 - torch.finfo(values.dtype).eps)
     normal = torch.nn.functional.hardshrink(values, below)
     if torch.equal(normal, values):
         return 0

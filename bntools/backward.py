@@ -6,7 +6,7 @@ data movement, each channel unmixed, and nobody else sees those channels before 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from bntools.absorb import OutputLayout, overflows
@@ -79,7 +79,7 @@ def bias_beside(graph: Graph, weight: str) -> str:
 class BackwardPlanner:
     """Decides on the norm layers of one graph, until nothing changes any more."""
 
-    def __init__(self, graph: Graph, chosen: set[str], forced: dict[str, Refused]) -> None:
+    def __init__(self, graph: Graph, chosen: Set[str], forced: Mapping[str, Refused]) -> None:
         self.graph = graph
         self.chosen = chosen
         self.forced = forced
@@ -195,14 +195,14 @@ class BackwardPlanner:
         return {move.name.strip("_") for move in reached.moves if move.kind is Kind.MOVE}
 
     def _not_written_through(self, origins: dict[Node, list[Node]]) -> None:
-        """After the fold, two calls on one host's output give one tensor instead of two copies."""
+        """After the fold, two calls on one tensor, or one on an expanded one, give no copies."""
         calls = [host for hosts in origins.values() for host in hosts]
-        if len(set(calls)) == len(calls):
-            return
         for site in origins:
+            if len(set(calls)) == len(calls) and not _expanded(site):
+                continue
             ends = reach(site.outputs[0], self.folded).ends
             if any(end.value in end.node.writes for end in ends):
-                detail = "it runs twice on one tensor, and what it gives is written in place"
+                detail = "what it gives is written in place, and would be shared memory after a fold"
                 raise Refused(Reason.WRITTEN_IN_PLACE, detail)
 
     def _hosts(self, affines: dict[Node, Affine]) -> tuple[HostFold, ...]:
@@ -234,6 +234,8 @@ class BackwardPlanner:
             return HostFold(path, path, None, False, linear.layout, affine, registered=True)
         name = weight_name(node, self.graph)
         path = self.graph.owners[name]
+        if path in self.graph.sealed:
+            raise Refused(Reason.SCRIPTED, f"{path} is compiled by TorchScript and cannot be edited")
         if name in self.graph.tied:
             also = ", ".join(self.graph.tied[name])
             raise Refused(Reason.TIED_WEIGHT, f"the weight {name} is also {also}")
@@ -268,6 +270,15 @@ class BackwardPlanner:
         if overflows(weight, bias, affine, host.layout):
             dtype = str(weight.dtype).removeprefix("torch.")
             raise Refused(Reason.NON_FINITE, f"the folded {host.weight} would overflow {dtype}")
+
+
+def _expanded(site: Node) -> bool:
+    node = site.inputs[0].producer
+    while node is not None and node.kind is Kind.MOVE:
+        if node.name == "expand":
+            return True
+        node = node.inputs[0].producer
+    return False
 
 
 def _other_use(host: Node, user: Node) -> tuple[Reason, str]:

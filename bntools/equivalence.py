@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bntools.dataflow.guard import unwritten
 from bntools.errors import InputError, NondeterministicError
 from bntools.examples import Examples, given
 from bntools.modules import duplicate, named_modules, named_tensors, preserved, unwrap
 from bntools.report import Equivalence
 from bntools.tolerance import BLIND_FACTOR, EPS_FACTOR, FACTOR, judge
 
-__all__ = ["Outputs", "Truth", "compare", "find_truth", "run", "verify"]
+__all__ = ["Outputs", "Truth", "compare", "find_truth", "in_float64", "run", "verify"]
 
 Outputs = dict[str, Tensor]
 
@@ -57,6 +59,7 @@ class Truth:
     exact: Outputs
     native: Outputs
     dtype: torch.dtype
+    coarsest: torch.dtype
     is_float64: bool
     double: nn.Module | None = None
 
@@ -65,13 +68,23 @@ def find_truth(reference: nn.Module, examples: Examples, *, keep: bool = False) 
     """Run the reference natively, twice, and in float64 once; `keep` keeps the float64 copy."""
     dtype = _dtype(reference)
     native = _natively(reference, examples.cast(dtype, _device(reference)))
-    double = duplicate(reference).to(device="cpu", dtype=torch.float64)
+    double = in_float64(reference)
     try:
         exact = run(double, examples.cast(torch.float64, "cpu"))
     except Exception:
         # a dtype is hard-coded somewhere in the model
-        return Truth(native, native, dtype, is_float64=False)
-    return Truth(exact, native, dtype, is_float64=True, double=double if keep else None)
+        return Truth(native, native, dtype, _coarsest(reference), is_float64=False)
+    kept = double if keep else None
+    return Truth(exact, native, dtype, _coarsest(reference), is_float64=True, double=kept)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of a model in float64 on the CPU."""
+    copied = duplicate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripted modules look at .grad of what is no leaf
+        copied.to(device="cpu", dtype=torch.float64)
+    return copied
 
 
 def _natively(reference: nn.Module, examples: Examples) -> Outputs:
@@ -106,7 +119,7 @@ def compare(
 ) -> Equivalence:
     """Judge outputs against the truth; `allowed` is a limit in place of the one that follows."""
     if allowed is None and not truth.is_float64:
-        allowed = BLIND_FACTOR * torch.finfo(truth.dtype).eps
+        allowed = BLIND_FACTOR * torch.finfo(truth.coarsest).eps
     names = dict.fromkeys((*truth.exact, *outputs))
     nothing = torch.empty(0)
     judged = tuple(
@@ -115,6 +128,7 @@ def compare(
             truth.exact.get(name, nothing),
             truth.native.get(name, nothing),
             outputs.get(name, nothing),
+            dtype=truth.coarsest,
             allowed=allowed,
         )
         for name in names
@@ -139,11 +153,12 @@ def run(
     `watch` adds the outputs of the modules at these paths, call by call.
     """
     seen: Outputs = {}
-    with preserved(model), torch.no_grad(), _watching(model, watch, seen):
+    with preserved(model), unwritten(model), torch.no_grad(), _watching(model, watch, seen):
         torch.manual_seed(seed)
         if model.training:
             model.eval()
-        out = model(*examples.args, **examples.kwargs)
+        fed = examples.copied()
+        out = model(*fed.args, **fed.kwargs)
     return {**dict(_named("output", out)), **seen}
 
 
@@ -167,6 +182,7 @@ def _watching(model: nn.Module, paths: Sequence[str], seen: Outputs) -> Iterator
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
+        value = value.detach()
         yield name, torch.view_as_real(value) if value.is_complex() else value
     elif isinstance(value, Mapping):
         for key, item in value.items():
@@ -181,6 +197,11 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def _dtype(model: nn.Module) -> torch.dtype:
     floats = (t.dtype for *_, t in named_tensors(model) if t.is_floating_point())
     return next(floats, torch.float32)
+
+
+def _coarsest(model: nn.Module) -> torch.dtype:
+    floats = (t.dtype for *_, t in named_tensors(model) if t.is_floating_point())
+    return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -44,6 +44,10 @@ class Examples:
         """Floating tensors in another dtype, all tensors on a device."""
         return self.mapped(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
 
+    def copied(self) -> Examples:
+        """The same values in other memory, for a forward that may write to its inputs."""
+        return self.mapped(Tensor.clone)
+
     def varied(self, seed: int) -> Examples:
         """Other values of the same shapes: floats with the same mean, deviation and range.
 
@@ -78,7 +82,12 @@ class Examples:
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""
         found: list[Tensor] = []
-        self.mapped(lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.mapped(note)
         return found
 
 

@@ -131,7 +131,7 @@ def _huge_variance(facts: NormFacts) -> Verdict:
 
 def _never_updated(facts: NormFacts) -> Verdict:
     mean, variance = facts.values.get("mean"), facts.values.get("variance")
-    if mean is None or variance is None or not len(mean):
+    if mean is None or variance is None or not len(mean) or facts.uninitialized:
         return None
     if bool(mean.any()) or bool((variance != 1).any()):
         return None
@@ -147,7 +147,9 @@ def _dead_channels(facts: NormFacts) -> Verdict:
     count = int((gamma.abs() < DEAD).sum())
     if not count:
         return None
-    message = f"|gamma| of {_of_channels(facts, count)} is under {DEAD:g}: they give a constant"
+    message = (
+        f"|gamma| of {_of_channels(facts, count)} is under {DEAD:g}: they give next to a constant"
+    )
     return _by_share(count, len(gamma)), message
 
 

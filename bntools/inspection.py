@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,8 @@ from bntools.affine import Affine
 from bntools.backward import HostFold
 from bntools.dataflow.graph import Kind
 from bntools.dataflow.layers import BatchNorm, norm_layers
-from bntools.examples import given
+from bntools.errors import BNToolsError
+from bntools.examples import Examples, given
 from bntools.health import NormFacts, findings
 from bntools.modules import named_modules, unwrap
 from bntools.planning import compiled_of, plan_fold
@@ -91,60 +93,62 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
 class _Seen:
     """What is known about the model, and by a plan about each norm layer, by its path.
 
-XX
-    that were folded before; `tensors` are the model's own, by name.
+    `training` is the mode of the model, `affines` are the maps that the layers apply, `biased` the
+    hosts that have a bias, `flushed` the numbers of values that the folds would set to zero.
     """
 
     training: bool
     planned: bool
     decisions: dict[str, Decision] = field(default_factory=dict)
     affines: dict[str, Affine] = field(default_factory=dict)
-    hosts: dict[str, tuple[HostFold, ...]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    biased: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    flushed: Counter[str] = field(default_factory=Counter)
 
     def add(self, plan: Plan) -> None:
         """Take over what a plan knows."""
         compiled = compiled_of(plan)
         graph = compiled.seen.graphs[0]
-        self.tensors.update(graph.tensors)
         self.decisions.update({decision.path: decision for decision in plan.decisions})
         for node in graph.of_kind(Kind.AFFINE):
             if isinstance(node.norm.affine, Affine):
                 self.affines[node.norm.owner] = node.norm.affine
-        composed: dict[str, HostFold] = {}
+        absorbed: dict[str, tuple[str, HostFold]] = {}
         for fold in compiled.folds:
-            hosts = tuple(_composed(composed.get(host.weight), host) for host in fold.hosts)
-            composed.update({host.weight: host for host in hosts})
-            self.hosts[fold.layer.path] = hosts
-
-    def flushed(self, path: str) -> int:
-        """How many values of a layer's hosts its fold would set to zero."""
-        hosts = self.hosts.get(path, ())
-        return sum(self._flushed(host) for host in hosts if not host.registered)
-
-    def _flushed(self, host: HostFold) -> int:
-        bias = self.tensors.get(host.bias) if host.bias is not None else None
-        with torch.no_grad():
-            return absorb_after(self.tensors[host.weight], bias, host.affine, host.layout).flushed
+            first = [host for host in fold.hosts if host.weight not in absorbed]
+            own = [host for host in first if host.bias is not None and not host.gains_bias]
+            self.biased[fold.layer.path] = tuple(host.path for host in own)
+            for host in fold.hosts:
+                before = absorbed.get(host.weight)
+                whole = host if before is None else _composed(before[1], host)
+                absorbed[host.weight] = fold.layer.path, whole
+        for path, host in absorbed.values():
+            self.flushed[path] += _flushed(host, graph.tensors)
 
 
-def _composed(before: HostFold | None, host: HostFold) -> HostFold:
-    """What a host absorbs by this norm and by those that were folded into it before."""
-    if before is None:
-        return host
+def _composed(before: HostFold, host: HostFold) -> HostFold:
+    """What a host absorbs by two norms, one after the other."""
     return replace(host, affine=before.affine.then(host.affine), bias=host.bias or before.bias)
+
+
+def _flushed(host: HostFold, tensors: Mapping[str, Tensor]) -> int:
+    if host.registered:
+        return 0
+    bias = tensors.get(host.bias) if host.bias is not None else None
+    with torch.no_grad():
+        return absorb_after(tensors[host.weight], bias, host.affine, host.layout).flushed
 
 
 def _bare(model: nn.Module) -> nn.Module:
     return model if isinstance(model, torch.jit.ScriptModule) else unwrap(model)
 
 
-def _plan(model: nn.Module, examples: Any) -> tuple[Plan | None, tuple[str, ...]]:
+def _plan(model: nn.Module, examples: Examples | None) -> tuple[Plan | None, tuple[str, ...]]:
     """The plan and its warnings; a model that cannot be planned is still examined."""
     try:
         plan = plan_fold(model, examples)
     except Exception as error:  # noqa: BLE001 (whatever a model raises is part of the answer)
-        why = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, BNToolsError)
+        why = " ".join(str(error if known else f"{type(error).__name__}: {error}").split())
         return None, (f"health only, without the decisions of a plan: {why}",)
     return plan, plan.warnings
 
@@ -172,7 +176,7 @@ def _kind(module: nn.Module) -> str:
 
 def _uncounted(module: nn.Module, path: str, seen: _Seen) -> NormFacts:
     facts = _facts(module, path, _kind(module), seen)
-    tracked = facts.health.mean is not None
+    tracked = _tensor(module, "running_mean") is not None
     health = replace(facts.health, input_dependent=not tracked)
     return replace(facts, health=health, stateless=False, unplanned=tracked and seen.planned)
 
@@ -181,17 +185,16 @@ def _facts(module: nn.Module, path: str, kind: str, seen: _Seen) -> NormFacts:
     tensors = {name: _tensor(module, attribute) for name, attribute in _VALUES.items()}
     values = {name: _values(t) for name, t in tensors.items() if t is not None and _readable(t)}
     health = _health(module, path, kind, values)
-    hosts = seen.hosts.get(path, ())
     return NormFacts(
         replace(health, decision=seen.decisions.get(path)),
         values,
         affine=seen.affines.get(path) or _affine(values, health.eps),
         uninitialized=any(t is not None and not _readable(t) for t in tensors.values()),
-        stateless=isinstance(module, BatchNorm)
+        stateless=isinstance(module, (BatchNorm, torch.jit.ScriptModule))
         and (tensors["mean"] is None or tensors["variance"] is None),
         in_training=_stays_in_training(module, path, seen),
-        biased=tuple(h.path for h in hosts if h.bias is not None and not h.gains_bias),
-        flushed=seen.flushed(path),
+        biased=seen.biased.get(path, ()),
+        flushed=seen.flushed[path],
     )
 
 

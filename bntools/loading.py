@@ -34,6 +34,7 @@ from bntools.trust import (
     Refusal,
     examine,
     import_object,
+    one_line,
     working_folder_first,
 )
 
@@ -53,6 +54,7 @@ _KNOWN_KEYS = (
     "params",
 )
 _SHOWN = 4
+_LONGEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ class Probe:
         }
 
     def fails(self, problem: str) -> LoadError:
-        """The error about this file."""
-        return LoadError(f"Cannot load {self.path}: {problem}.")
+        """The error about this file, safe to print whatever names the file has chosen."""
+        text = "".join(c if c.isprintable() else "?" for c in problem)
+        return LoadError(f"Cannot load {self.path}: {text[:_LONGEST]}.")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Format:
     name: str
     matches: Callable[[Probe], bool]
     read: Callable[[Probe, Request], Loaded] | None = None
-    advice: str = "bntools reads models and state dicts that torch.save wrote"
+    advice: str = "bntools reads what torch.save wrote. Save the model: torch.save(model, path)"
 
 
 def load(
@@ -198,13 +201,8 @@ def _explained(probe: Probe) -> Iterator[None]:
     except MemoryError as error:
         raise probe.fails("it needs more memory than there is") from error
     except Exception as error:
-        detail = f"{type(error).__name__}: {_one_line(error)}"
+        detail = f"{type(error).__name__}: {one_line(error)}"
         raise probe.fails(f"it is damaged or incomplete ({detail}). Copy it again") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{text[:160]}..." if len(text) > 160 else text
 
 
 @contextmanager
@@ -224,19 +222,19 @@ def _read_torch(probe: Probe, request: Request) -> Loaded:
         return _whole(content, probe, request)
     if isinstance(content, Mapping) and "bntools_version" in content:
         return _own(content, probe, request)
-    found, notes = _chosen(content, probe)
+    found, notes = _chosen(content)
     notes += [f"left out what else is in the file ({', '.join(leftovers)})"] if leftovers else []
     if isinstance(found, nn.Module):
-        loaded = _whole(found, probe, request)
-    elif request.arch is None:
+        whole = _whole(found, probe, request)
+        return Loaded(found, (*notes, *whole.notes))
+    if request.arch is None:
         raise probe.fails(
             f"it holds weights only ({len(found)} tensors: {_some(found)}), and not the model. "
             "Name the architecture, such as --arch torchvision:resnet50, --arch timm:NAME or "
             "--arch package.module:factory"
         )
-    else:
-        loaded = _with_weights(request.arch, found, probe)
-    return Loaded(loaded.model, (*notes, *loaded.notes))
+    model, remarks = _with_weights(request.arch, found)
+    return Loaded(model, (*notes, *remarks))
 
 
 def _unpickled(probe: Probe, allowed: AllowList) -> tuple[Any, list[str]]:
@@ -348,16 +346,16 @@ def _is_sound(module: nn.Module) -> bool:
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
-def _chosen(content: Any, probe: Probe) -> tuple[Any, list[str]]:
+def _chosen(content: Any) -> tuple[Any, list[str]]:
     """The model or the weights in a checkpoint, and what to say about the choice."""
     if _is_state_dict(content):
         return content, []
     places = dict(_places(content))
     if not places:
-        raise probe.fails(f"it holds {_described(content)}, and no model and no weights")
+        raise Refusal(f"it holds {_described(content)}, and no model and no weights")
     usual = sorted((rank for rank in map(_rank, places) if rank), key=lambda rank: rank[:2])
     if not usual and len(places) > 1:
-        raise probe.fails(
+        raise Refusal(
             f"it holds several sets of weights ({_some(places)}) and none under a usual name. "
             "Save the one that you want alone"
         )
@@ -375,7 +373,8 @@ def _rank(place: str) -> tuple[int, int, str] | None:
 
 def _places(content: Any, above: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     if isinstance(content, Mapping):
-        entries = list(content.items())
+        # The moments of an optimizer look like weights.
+        entries = [] if "param_groups" in content else list(content.items())
     elif isinstance(content, (list, tuple)):
         entries = list(enumerate(content))
     else:
@@ -391,7 +390,7 @@ def _places(content: Any, above: str = "", depth: int = 0) -> Iterator[tuple[str
 def _is_state_dict(content: Any) -> bool:
     return (
         isinstance(content, Mapping)
-        and any(isinstance(value, Tensor) for value in content.values())
+        and any(isinstance(v, Tensor) and v.is_floating_point() for v in content.values())
         and all(
             isinstance(key, str) and (isinstance(value, Tensor) or key.endswith("_extra_state"))
             for key, value in content.items()
@@ -410,23 +409,25 @@ def _described(content: Any) -> str:
 
 
 def _some(names: Any) -> str:
+    """The first few names, for a message."""
     shown = [str(name) for name in list(names)[:_SHOWN]]
     return ", ".join(shown) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _with_weights(arch: str, weights: Mapping[str, Any], probe: Probe) -> Loaded:
+def _with_weights(arch: str, weights: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
     """The architecture with the weights of a state dict, strictly."""
     model = _built(arch)
     state, notes = _renamed(weights, model.state_dict().keys())
     for classes in _class_counts(arch, _misshapen(model, state)):
-        other = _built(arch, classes)
-        if not _misshapen(other, state):
-            model = other
-            notes.append(f"built {arch} with {classes} classes, as in the file")
-            break
+        with suppress(LoadError):  # not every architecture has classes
+            other = _built(arch, classes)
+            if not _misshapen(other, state):
+                model = other
+                notes.append(f"built {arch} with {classes} classes, as in the file")
+                break
     notes += _fit_precision(model, state)
-    _fill(model, state, arch, probe)
-    return Loaded(model, tuple(notes))
+    _fill(model, state, arch)
+    return model, notes
 
 
 def _renamed(weights: Mapping[str, Any], expected: Iterable[str]) -> tuple[Any, list[str]]:
@@ -490,7 +491,7 @@ def _fit_precision(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return [f"weights of type {', '.join(narrow)} become float32"] if narrow else []
 
 
-def _fill(model: nn.Module, state: Mapping[str, Any], arch: str, probe: Probe) -> None:
+def _fill(model: nn.Module, state: Mapping[str, Any], arch: str) -> None:
     wrong = _misshapen(model, state)
     if wrong:
         expected = model.state_dict().keys()
@@ -502,7 +503,7 @@ def _fill(model: nn.Module, state: Mapping[str, Any], arch: str, probe: Probe) -
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
     if problems:
-        raise probe.fails(
+        raise Refusal(
             f"it does not fit {arch}: weights are {', '.join(problems)}. Name the architecture "
             "that it was saved from; one with other options needs --arch package.module:factory"
         )
@@ -568,7 +569,7 @@ def _building(arch: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        detail = f"{type(error).__name__}: {_one_line(error)}"
+        detail = f"{type(error).__name__}: {one_line(error)}"
         raise LoadError(f"Cannot build {arch}: it raised {detail}.") from error
 
 
@@ -585,7 +586,7 @@ def _imported(library: str) -> Any:
     except ImportError as error:
         name = library.partition(".")[0]
         raise LoadError(
-            f"Cannot build {name} models: {_one_line(error)}. Install it with: pip install {name}"
+            f"Cannot build {name} models: {one_line(error)}. Install it with: pip install {name}"
         ) from error
 
 
@@ -631,7 +632,6 @@ def _is_text(probe: Probe) -> bool:
 
 
 _NOT_YET = "bntools does not read that yet. Save the model itself: torch.save(model, path)"
-_ONLY_TORCH = "bntools reads what torch.save wrote. Save the model itself: torch.save(model, path)"
 _AGAIN = "download or copy it again"
 
 # The first entry that matches counts.
@@ -645,13 +645,11 @@ FORMATS: tuple[Format, ...] = (
     Format("a torch.save file", _holds("data.pkl"), _read_torch),
     Format("a torch.save file from before torch 1.6", _starts(_LEGACY_MAGIC), _read_torch),
     Format("a safetensors file", _is_safetensors, advice=_NOT_YET),
-    Format("a Keras model", _holds("model.weights.h5"), advice=_ONLY_TORCH),
-    Format(
-        "a zip archive that torch.save did not write", lambda p: bool(p.archive), advice=_ONLY_TORCH
-    ),
-    Format("a damaged or incomplete zip archive", _starts(b"PK\x03\x04"), advice=_AGAIN),
-    Format("an HDF5 file", _starts(b"\x89HDF\r\n"), advice=_ONLY_TORCH),
-    Format("a NumPy array", _starts(b"\x93NUMPY"), advice=_ONLY_TORCH),
+    Format("a Keras model", _holds("model.weights.h5")),
+    Format("a zip archive that torch.save did not write", lambda p: bool(p.archive)),
+    Format("a damaged or incomplete zip archive", _starts(b"PK"), advice=_AGAIN),
+    Format("an HDF5 file", _starts(b"\x89HDF\r\n")),
+    Format("a NumPy array", _starts(b"\x93NUMPY")),
     Format(
         "a compressed or packed file",
         lambda p: (
@@ -660,12 +658,11 @@ FORMATS: tuple[Format, ...] = (
         ),
         advice="unpack it first",
     ),
-    Format("a GGUF file", _starts(b"GGUF"), advice=_ONLY_TORCH),
-    Format("a TensorFlow Lite model", lambda p: p.head[4:8] == b"TFL3", advice=_ONLY_TORCH),
+    Format("a GGUF file", _starts(b"GGUF")),
+    Format("a TensorFlow Lite model", lambda p: p.head[4:8] == b"TFL3"),
     Format(
         "a pickle that torch.save did not write",
         _starts(*(b"\x80" + bytes([protocol]) for protocol in range(2, 6))),
-        advice=_ONLY_TORCH,
     ),
     Format(
         "a Git LFS pointer, not the file itself",
@@ -674,6 +671,6 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format("a web page, not a model", _starts(b"<!DOCTYPE", b"<!doctype", b"<html"), advice=_AGAIN),
     Format("an ONNX model", _is_onnx, advice=_NOT_YET),
-    Format("a text file", _is_text, advice=_ONLY_TORCH),
-    Format("of no format that bntools knows", lambda _: True, advice=_ONLY_TORCH),
+    Format("a text file", _is_text),
+    Format("of no format that bntools knows", lambda _: True),
 )

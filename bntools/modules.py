@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from bntools.errors import PlanError, SurgeryError
 
@@ -47,11 +48,14 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every (path of the owner, owner, name, tensor) of parameters and buffers, tied ones included."""
+    """Every (path of the owner, owner, name, tensor) of parameters and buffers, tied ones included.
+
+    Lazy parameters that no forward has made yet are left out.
+    """
     for path, module in named_modules(model):
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is not None:
+                if tensor is not None and not is_lazy(tensor):
                     yield path, module, name, tensor
 
 
@@ -59,7 +63,7 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a path; "" is the model itself."""
     module = model
     for name in path.split(".") if path else ():
-        child = module._modules.get(name)
+        child = module._modules[name] if name in module._modules else None
         if child is None:
             raise PlanError(f"Cannot find {path!r} in the model: there is no {name!r}.")
         module = child
@@ -84,10 +88,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
+            continue
+        inner = model._modules["_orig_mod"] if "_orig_mod" in model._modules else None
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def duplicate(model: nn.Module, replacing: Mapping[int, Any] | None = None) -> nn.Module:
@@ -96,10 +101,21 @@ def duplicate(model: nn.Module, replacing: Mapping[int, Any] | None = None) -> n
     Models that `copy.deepcopy` cannot copy are copied module by module, and share the attributes
     that cannot be copied (locks, open files, generators).
     """
+    memo = {**_lazy_buffers(model), **(replacing or {})}
     try:
-        return copy.deepcopy(model, dict(replacing or {}))
-    except Exception:
-        return _duplicate_by_module(model, dict(replacing or {}))
+        return copy.deepcopy(model, dict(memo))
+    except Exception:  # noqa: BLE001 - a model may fail to be copied in any way
+        return _duplicate_by_module(model, memo)
+
+
+def _lazy_buffers(model: nn.Module) -> dict[int, Tensor]:
+    """New lazy buffers for those of a model: torch cannot copy them."""
+    return {
+        id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)
+        for _, module in named_modules(model)
+        for buffer in module._buffers.values()
+        if buffer is not None and is_lazy(buffer)
+    }
 
 
 def _duplicate_by_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -130,10 +146,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Whatever a forward or a mode change does to modules and RNG is undone at the end.
 
     Restored are each module's attributes (also training flags, registered tensors and submodules,
-    lists, dicts and sets one level deep), and the state of torch's, Python's and NumPy's
+    lists, dicts and sets one level deep; `.data` that was set), and the state of torch's, Python's and NumPy's
     generators. The contents of tensors are not: who writes them restores them.
     """
     modules = {id(module): module for _, module in named_modules(model)}
+    storages = [(tensor, tensor.detach()) for *_, tensor in named_tensors(model)]
     before = [(module, _snapshot(module)) for module in modules.values()]
     states = random.getstate(), _numpy_state()
     devices = {t.device.index or 0 for *_, t in named_tensors(model) if t.device.type == "cuda"}
@@ -143,6 +160,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         finally:
             for module, state in before:
                 _restore(module, state)
+            for tensor, same in storages:
+                if tensor.data_ptr() != same.data_ptr():
+                    tensor.data = same
             random.setstate(states[0])
             _set_numpy_state(states[1])
 

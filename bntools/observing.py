@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from bntools.dataflow.graph import Graph, Kind
 from bntools.dataflow.recorder import record
@@ -62,7 +62,7 @@ def observe_again(seen: Observation) -> Observation:
     """Replace the second recording by one on inputs of the first one's shapes."""
     varied = seen.examples.varied(_SEED)
     with _with_biases(seen.model, _missing_biases(seen.graphs[0])):
-        graph = record(seen.model, varied.args, varied.kwargs)
+        graph = _recorded(seen.model, varied)
     return replace(seen, second=varied, graphs=(seen.graphs[0], graph))
 
 
@@ -77,7 +77,7 @@ def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Exa
     for examples in options:
         try:
             ready = _materialised(model, examples)
-            return ready, record(ready, examples.args, examples.kwargs), examples
+            return ready, _recorded(ready, examples), examples
         except BNToolsError:
             raise
         except Exception as error:
@@ -112,13 +112,18 @@ def _second(model: nn.Module, graph: Graph, examples: Examples) -> tuple[Graph, 
                 continue
             varied = option.varied(_SEED)
             try:
-                return record(model, varied.args, varied.kwargs), varied
+                return _recorded(model, varied), varied
             except Exception as error:
                 failure = error
     raise InputError(
         f"Cannot run the model a second time on {examples} with other values: {failure}."
         " Give inputs of which the values may vary."
     )
+
+
+def _recorded(model: nn.Module, examples: Examples) -> Graph:
+    fed = examples.copied()
+    return record(model, fed.args, fed.kwargs)
 
 
 def _missing_biases(graph: Graph) -> dict[str, Tensor]:
@@ -150,7 +155,7 @@ def _with_biases(model: nn.Module, biases: dict[str, Tensor]) -> Iterator[None]:
 def _materialised(model: nn.Module, examples: Examples) -> nn.Module:
     """The model, or a copy with its lazy parameters made by one forward from a fixed seed."""
     lazy = any(
-        isinstance(tensor, UninitializedTensorMixin)
+        is_lazy(tensor)
         for _, module in named_modules(model)
         for table in (module._parameters, module._buffers)
         for tensor in table.values()
@@ -158,8 +163,12 @@ def _materialised(model: nn.Module, examples: Examples) -> nn.Module:
     if not lazy:
         return model
     made = duplicate(model)
-    training = made.training
+    modes = [(module, module.training) for _, module in named_modules(made)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        made.eval()(*examples.args, **examples.kwargs)
-    return made.train(training)
+        made.eval()
+        fed = examples.copied()
+        made(*fed.args, **fed.kwargs)
+    for module, training in modes:
+        module.training = training
+    return made

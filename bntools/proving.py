@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from bntools.backward import NormFold
-from bntools.equivalence import Outputs, Truth, compare, find_truth, run
+from bntools.equivalence import Outputs, Truth, compare, find_truth, in_float64, run
 from bntools.errors import InputError
 from bntools.examples import Examples
-from bntools.modules import duplicate
 from bntools.report import Equivalence, OutputError
 from bntools.surgery.folding import Folded, fold_copy, fold_in_place
 from bntools.tolerance import float64_limit
@@ -96,11 +95,11 @@ class Prover:
     def _in_float64(self, folds: Sequence[NormFold]) -> Equivalence:
         double, self.double = self.double, None
         if double is None:
-            double = duplicate(self.model).to(device="cpu", dtype=torch.float64)
+            double = in_float64(self.model)
         double = fold_in_place(double, folds)
         outputs = run(double, self.examples.cast(torch.float64, "cpu"), watch=self.watch)
         noise = (o.reference_error for o in compare(self.truth, self.truth.exact).outputs)
-        allowed = float64_limit(max(noise, default=0.0), self.truth.dtype)
+        allowed = float64_limit(max(noise, default=0.0), self.truth.coarsest)
         return compare(self.truth, self._kept(outputs), inputs=str(self.examples), allowed=allowed)
 
     def _watched_truth(self) -> Truth:
@@ -116,7 +115,7 @@ class Prover:
                 f"Cannot check the fold on {self.examples}: all that the model gives is empty or"
                 " NaN. Give real example inputs (--inputs)."
             )
-        return Truth(sound, {n: native[n] for n in sound}, truth.dtype, truth.is_float64)
+        return replace(truth, exact=sound, native={n: native[n] for n in sound})
 
     def _kept(self, outputs: Outputs) -> Outputs:
         return {n: t for n, t in outputs.items() if n in self.truth.exact} if self.watch else outputs

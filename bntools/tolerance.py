@@ -69,10 +69,17 @@ def relative_error(candidate: Tensor, truth: Tensor) -> float:
 
 
 def judge(
-    name: str, truth: Tensor, reference: Tensor, candidate: Tensor, *, allowed: float | None = None
+    name: str,
+    truth: Tensor,
+    reference: Tensor,
+    candidate: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    allowed: float | None = None,
 ) -> OutputError:
     """Judge one output of a candidate against the truth, beside the reference's own error.
 
+    `dtype` is the coarsest of the model's; a coarser one of the candidate's output counts instead.
     `allowed` replaces the limit that follows from the reference's error and the dtype. A NaN, an
     empty output or another shape is never a pass; integer outputs may differ as far as the
     reference's own do.
@@ -82,10 +89,11 @@ def judge(
         return OutputError(name, math.inf, 0.0, 0.0, math.inf, passed=False, note=fault)
     own = relative_error(reference, truth) if reference.shape == truth.shape else math.inf
     error = relative_error(candidate, truth)
-    floats = [t.dtype for t in (reference, candidate) if t.is_floating_point()]
-    if allowed is None:
-        coarsest = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=None)
-        allowed = own if coarsest is None else limit(own, coarsest)
+    if allowed is None and not candidate.is_floating_point():
+        allowed = own
+    elif allowed is None:
+        coarsest = max(dtype, candidate.dtype, key=lambda each: torch.finfo(each).eps)
+        allowed = limit(own, coarsest)
     gap = (candidate.detach().cpu().double() - truth.detach().cpu().double()).abs()
     return OutputError(
         name, error, own, allowed, float(gap.nan_to_num(0.0).max()), passed=error <= allowed

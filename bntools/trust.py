@@ -34,6 +34,7 @@ __all__ = [
     "Refusal",
     "examine",
     "import_object",
+    "one_line",
     "working_folder_first",
 ]
 
@@ -164,10 +165,10 @@ class _Tuple:
 
 
 class _Object:
-    """Any object whose value does not matter to the scan."""
+    """An object of which the scan knows no more than this."""
 
 
-_UNKNOWN = _Object()
+_LIST, _DICT, _UNKNOWN = _Object(), _Object(), _Object()
 # The members of an Enum are shared by the whole process: no file may set their state.
 _SHARED = _Object()
 
@@ -180,16 +181,29 @@ def _one(arguments: Arguments) -> bool:
     return len(arguments) == 1
 
 
+# What is iterated over must be written out in the file: a tensor of a few bytes has any length.
+def _one_list(arguments: Arguments) -> bool:
+    return len(arguments) == 1 and arguments[0] is _LIST
+
+
+def _one_list_or_nothing(arguments: Arguments) -> bool:
+    return not arguments or _one_list(arguments)
+
+
+def _one_dict(arguments: Arguments) -> bool:
+    return len(arguments) == 1 and arguments[0] is _DICT
+
+
+def _one_tuple(arguments: Arguments) -> bool:
+    return len(arguments) == 1 and isinstance(arguments[0], _Tuple)
+
+
 def _one_name(arguments: Arguments) -> bool:
     return len(arguments) == 1 and isinstance(arguments[0], (str, int))
 
 
 def _latin1(arguments: Arguments) -> bool:
     return arguments[1:] == ("latin1",)
-
-
-def _no_number(arguments: Arguments) -> bool:
-    return not any(isinstance(a, int) for a in arguments)
 
 
 def _rebuilds_a_tensor(arguments: Arguments) -> bool:
@@ -226,31 +240,26 @@ _CONTAINER = "bntools.trust.container_class"
 
 _DATA: dict[str, Grant] = {
     "_codecs.encode": Grant(call=_latin1),
-    "builtins.bytearray": Grant(call=_no_number),
     "builtins.complex": Grant(call=_anything),
-    "builtins.frozenset": Grant(target=frozenset, call=_no_number),
+    "builtins.frozenset": Grant(target=frozenset, call=_one_list),
     "builtins.getattr": Grant(target=attribute, call=_an_attribute),
-    "builtins.range": Grant(target=range, call=_anything),
-    "builtins.set": Grant(call=_no_number),
+    "builtins.set": Grant(call=_one_list),
     "builtins.slice": Grant(target=slice, call=_anything),
-    "collections.Counter": Grant(call=_anything),
-    "collections.OrderedDict": Grant(call=_anything, mention=True),
-    "torch.Size": Grant(call=_anything),
+    "collections.Counter": Grant(call=_one_dict),
+    "collections.OrderedDict": Grant(call=_one_list_or_nothing),
+    "functools.partial": Grant(target=functools.partial, call=_one),
+    "torch.Size": Grant(call=_one_tuple),
     "torch.Tensor": Grant(mention=True),
     "torch._tensor._rebuild_from_type_v2": Grant(call=_rebuilds_a_tensor),
     "torch._utils._rebuild_meta_tensor_no_storage": Grant(call=_anything, mention=True),
     "torch._utils._rebuild_parameter": Grant(call=_anything, mention=True),
     "torch._utils._rebuild_parameter_with_state": Grant(call=_anything, mention=True),
-    "torch._utils._rebuild_qtensor": Grant(call=_anything, mention=True),
-    "torch._utils._rebuild_sparse_tensor": Grant(call=_anything, mention=True),
     "torch._utils._rebuild_tensor": Grant(call=_anything, mention=True),
     "torch._utils._rebuild_tensor_v2": Grant(call=_anything, mention=True),
     "torch._utils._rebuild_tensor_v3": Grant(call=_anything, mention=True),
     "torch.device": Grant(call=_anything),
     "torch.nn.parameter.Parameter": Grant(mention=True),
-    "torch.serialization._get_layout": Grant(call=_one_name),
     _TORCH_NAMESPACE: Grant(target=_TORCH_NAMESPACE, mention=True),
-    "functools.partial": Grant(target=functools.partial, call=_one),
 }
 
 
@@ -270,7 +279,7 @@ class AllowList:
         return self._known[name]
 
     def _judge(self, name: str) -> Grant | None:
-        chosen = self._chosen(name)
+        chosen = self._named_by_user(name)
         if chosen is not None:
             return _granted_by_user(chosen)
         if name in _DATA:
@@ -281,7 +290,7 @@ class AllowList:
             return _left_out(name)
         return _data_type(name) or _library_class(name)
 
-    def _chosen(self, name: str) -> str | None:
+    def _named_by_user(self, name: str) -> str | None:
         if name in self.allow:
             return name
         script, _, cls = name.rpartition(".")
@@ -299,6 +308,7 @@ class AllowList:
 
 
 def _is_standard(name: str) -> bool:
+    """Whether a global is in Python's standard library."""
     top = name.partition(".")[0]
     return top in sys.stdlib_module_names and top != "__main__"
 
@@ -368,6 +378,12 @@ def _library_object(name: str) -> Any:
         return None
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error, short and in one line."""
+    text = " ".join(str(error).split())
+    return f"{text[:160]}..." if len(text) > 160 else text
+
+
 @contextmanager
 def working_folder_first() -> Iterator[None]:
     """Imports look in the working folder first, as with `python -m`."""
@@ -394,7 +410,7 @@ def import_object(module: str, name: str, *, what: str) -> Any:
         ) from error
     except Exception as error:
         raise LoadError(
-            f"Cannot {what}: importing {module} raised {type(error).__name__}: {error}"
+            f"Cannot {what}: importing {module} raised {type(error).__name__}: {one_line(error)}."
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -440,12 +456,18 @@ def examine(stream: IO[bytes], allowed: AllowList) -> Examined:
     return scan.finish()
 
 
-_CONSTANTS = frozenset(
-    {"NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"}
-)
+_CONSTANTS = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "BINFLOAT": 0.0,
+    "EMPTY_DICT": _DICT,
+    "EMPTY_LIST": _LIST,
+    "EMPTY_SET": _UNKNOWN,
+}
 _LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"})
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_CONSUMED = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}
+_CONSUMED = {"APPEND": 1, "SETITEM": 2}
 
 
 class _Scan:
@@ -466,6 +488,7 @@ class _Scan:
             "MARK": self._mark,
             "REDUCE": self._reduce,
             "NEWOBJ": self._newobj,
+            "BUILD": self._build,
             "BINPERSID": self._persistent,
         }
 
@@ -477,7 +500,7 @@ class _Scan:
         elif name in ("BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
         elif name in _CONSTANTS:
-            self.stack.append(_UNKNOWN)
+            self.stack.append(_CONSTANTS[name])
         elif name in self.special:
             self.special[name](argument, position)
         else:
@@ -509,8 +532,7 @@ class _Scan:
             self._push_tuple(self._pop(count), position)
         elif name in _CONSUMED:
             self._mention(self._pop(_CONSUMED[name]))
-            if self._top() is _SHARED:
-                self.forbidden.append("it changes a constant of a library")
+            self._top()
         elif name in ("TUPLE", "APPENDS", "SETITEMS"):
             items = self.stack
             self.stack, start = self.marks.pop()
@@ -607,6 +629,14 @@ class _Scan:
         if not grant.create or (arguments.items and not grant.with_arguments):
             self.forbidden.append(f"it creates {cls.name} in a way that torch.save does not write")
 
+    def _build(self, _: Any, __: int) -> None:
+        state = self._pop(1)
+        self._mention(state)
+        if self._top() is _SHARED:
+            self.forbidden.append("it changes a constant of a library")
+        if state[0] is _UNKNOWN:
+            self.forbidden.append("it sets a state that it has computed")
+
     def _persistent(self, _: Any, position: int) -> None:
         (identity,) = self._pop(1)
         items = identity.items if isinstance(identity, _Tuple) else ()
@@ -630,7 +660,7 @@ def _item_size(storage: str) -> int:
 
 
 def _refusal(unknown: dict[str, set[str]], forbidden: list[str]) -> str:
-    hostile = [n for n, uses in unknown.items() if _is_standard(n) or _is_function_call(n, uses)]
+    hostile = [n for n, uses in unknown.items() if not _can_be_allowed(n, uses)]
     if hostile or forbidden:
         asks = [f"it asks for {', '.join(sorted(hostile))}"] if hostile else []
         return (
@@ -648,5 +678,8 @@ def _refusal(unknown: dict[str, set[str]], forbidden: list[str]) -> str:
     )
 
 
-def _is_function_call(name: str, uses: set[str]) -> bool:
-    return uses == {"call"} and not name.rpartition(".")[2][:1].isupper()
+def _can_be_allowed(name: str, uses: set[str]) -> bool:
+    # Only names are offered for pasting into a shell; and what is only called is a function,
+    # unless it looks like a class.
+    looks_like_a_class = uses != {"call"} or name.rpartition(".")[2][:1].isupper()
+    return bool(_DOTTED.fullmatch(name)) and looks_like_a_class and not _is_standard(name)

@@ -1,0 +1,1 @@
+"""The command line of bntools; it uses only the public API."""

@@ -197,7 +197,7 @@ BENT = {
     "calls what it has computed": (b"NN\x85R", "it calls something that it has computed"),
     "reserves memory": (
         b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
-        "it calls builtins.bytearray",
+        "it asks for builtins.bytearray",
     ),
     "changes an Enum": (
         b"ctimm.layers.format\nFormat\n" + text("NCHW") + b"\x85R}" + text("a") + b"K\x01sb",
@@ -211,6 +211,19 @@ BENT = {
         b"ctorch.nn.parallel.distributed\nDistributedDataParallel\n)\x81}b",
         "it holds objects of classes that bntools does not know: torch.nn.parallel.distributed",
     ),
+    "iterates over a tensor of any length": (
+        b"cbuiltins\nset\ncollections\nOrderedDict\n)R\x85R".replace(b"\ncol", b"\nccol"),
+        "it calls builtins.set",
+    ),
+    "sets a computed state": (
+        LINEAR + b")\x81ccollections\nOrderedDict\n)Rb",
+        "it sets a state that it has computed",
+    ),
+    "offers a command to paste": (
+        b"cnets.Net --trust; curl evil\nNet\n)\x81",
+        r"it asks for nets\.Net\.--trust; curl evil Net, which can run any code",
+    ),
+    "paints the terminal": (b"cnets\n\x1b[2JNet\n)\x81", r"it asks for nets\.\?\[2JNet"),
     "nests tuples": (b")" + b"\x85" * 200, "nests tuples beyond any sensible size"),
     "doubles tuples": (b")" + b"q\x00h\x00\x86" * 60, "nests tuples beyond any sensible size"),
     "claims storage that is not there": (

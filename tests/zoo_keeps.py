@@ -588,6 +588,14 @@ def norm_in_training_mode():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
 
 
+@case({"1": fold("0"), "4": keep(Reason.TRAINING_MODE)}, finish=lambda m: m[4].train())
+def norm_in_training_mode_after_one_that_folds():
+    """Recording and checking run it, and its statistics must be the old ones afterwards."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+    )
+
+
 class AlwaysTraining(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> AlwaysTraining:
         return super().train(True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CROSS_SECTION", "MODELS", "WITHOUT_NORMS", "Model"]
+__all__ = ["CROSS_SECTION", "MODELS", "TORCHVISION", "Model", "has_no_norms"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Model:
     def example(self, seed: int) -> Any:
         """Inputs in float32; other seeds, other values."""
         return self.inputs(torch.Generator().manual_seed(seed))
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
 
 
 def _image(size: int, random: torch.Generator) -> Tensor:
@@ -120,7 +124,7 @@ _BUILT_WITH: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _SEGMENTING = {"deeplabv3", "fcn", "lraspp"}
 
-_TORCHVISION = """
+TORCHVISION = _names("""
 deeplabv3_mobilenet_v3_large deeplabv3_resnet50 deeplabv3_resnet101
 densenet121 densenet161 densenet169 densenet201
 efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5
@@ -136,21 +140,19 @@ regnet_y_128gf resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d re
 resnext101_64x4d retinanet_resnet50_fpn retinanet_resnet50_fpn_v2 s3d
 shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0
 ssdlite320_mobilenet_v3_large vgg11_bn vgg13_bn vgg16_bn vgg19_bn wide_resnet50_2 wide_resnet101_2
-""".split()
+""")
 
-# Families of torchvision without any batch norm, as prefixes of their names.
-WITHOUT_NORMS = (
-    "alexnet", "convnext", "mvit", "raft_small", "squeezenet", "ssd300", "swin", "vit_",
-    *(f"vgg{depth}" for depth in (11, 13, 16, 19)),
+_WITHOUT_NORMS = (
+    "alexnet", "convnext", "mvit", "raft_small", "squeezenet", "ssd300", "swin", "vgg", "vit_",
 )  # fmt: skip
 
-_FROZEN_DETECTORS = """
+_FROZEN_DETECTORS = _names("""
 fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn maskrcnn_resnet50_fpn
 keypointrcnn_resnet50_fpn retinanet_resnet50_fpn fcos_resnet50_fpn
-""".split()
+""")
 
 # One model of every timm family with batch norms.
-_TIMM = """
+_TIMM = _names("""
 halonet_h1 test_byobnet convmixer_768_32 cpubone_nano cs3darknet_focus_s cspnext_tiny densenet121
 dla46x_c dpn48b efficientformer_l1 efficientformerv2_s0 mobilenetv2_035 efficientvim_m1
 efficientvit_b0 efficientvit_m0 fasternet_t0 fastvit_t8 ghostnet_050 hardcorenas_b hgnetv2_b0
@@ -170,7 +172,7 @@ pnasnet5large halo2botnet50ts_256 haloregnetz_b lambda_resnet26t lamhalobotnet50
 sebotnet33ts_256 sehalonet33ts bat_resnext26ts eca_resnext26ts gcresnext26ts resnet32ts resnext26ts
 seresnet33ts cspresnext50 darknetaa53 sedarknet21 gc_efficientnetv2_rw_t ecaresnext26t_32x4d
 seresnetaa50d seresnext26d_32x4d eca_vovnet39b
-""".split()
+""")
 
 # Where 64 pixels are too few, or the size is fixed.
 _TIMM_SIZES = {
@@ -195,6 +197,11 @@ _TIMM_SIZES = {
     "sehalonet33ts": 256,
     "bat_resnext26ts": 256,
 }
+
+
+def has_no_norms(name: str) -> bool:
+    """Whether a model of torchvision belongs to a family without batch norms."""
+    return name.startswith(_WITHOUT_NORMS) and not name.endswith("_bn")
 
 
 def _input(name: str) -> Callable[[torch.Generator], Any]:
@@ -223,10 +230,12 @@ def _detects(name: str) -> bool:
 
 def _models() -> Sequence[Model]:
     found = []
-    for name in _TORCHVISION:
+    for name in TORCHVISION:
         options = dict(_BUILT_WITH.get(_family(name), {}))
         if _detects(name) or _family(name) in _SEGMENTING:
             options["weights_backbone"] = None
+        if _family(name) in ("deeplabv3", "fcn"):
+            options["aux_loss"] = True
         build = partial(_torchvision, name, **options)
         watch = ("backbone",) if _detects(name) else ()
         odd = _family(name) == "raft"
@@ -242,4 +251,19 @@ def _models() -> Sequence[Model]:
 
 MODELS: dict[str, Model] = {model.name: model for model in _models()}
 
-CROSS_SECTION: tuple[str, ...] = ()
+# Small and unlike each other: what runs with every test run.
+CROSS_SECTION = tuple(
+    f"torchvision:{name}"
+    for name in _names("""
+    densenet121 efficientnet_b0 fasterrcnn_mobilenet_v3_large_320_fpn googlenet
+    lraspp_mobilenet_v3_large mnasnet0_5 mobilenet_v3_small r3d_18 raft_large regnet_y_400mf
+    resnet18 shufflenet_v2_x0_5 ssdlite320_mobilenet_v3_large
+    fasterrcnn_mobilenet_v3_large_fpn+frozen
+    """)
+) + tuple(
+    f"timm:{name}"
+    for name in _names("""
+    cpubone_nano dla46x_c efficientvit_m0 efficientvit_b0 fastvit_t8 ghostnet_050 hrnet_w18_small
+    levit_128s mobileone_s1 repvgg_a0 skresnet18 test_byobnet xcit_nano_12_p8_224
+    """)
+)

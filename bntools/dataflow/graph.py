@@ -155,7 +155,7 @@ class Graph:
     `parameters` maps the name of each parameter and buffer to its value as the forward found it,
     `tensors` to its number, `owners` to the path of the layer that holds it; `tied` maps a name to
     the other names of the same tensor; `absent` are names that a layer could hold, but does not
-    (the bias of a conv without one).
+    (the bias of a conv without one); `sealed` are the paths of layers that cannot be edited.
     """
 
     nodes: list[Node]
@@ -166,6 +166,7 @@ class Graph:
     owners: dict[str, str]
     tied: dict[str, tuple[str, ...]]
     absent: frozenset[str]
+    sealed: frozenset[str] = frozenset()
 
     def link(self) -> Graph:
         """Connect producers and consumers once all nodes are there."""

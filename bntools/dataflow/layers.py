@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bntools.dataflow.graph import NormLayer
 from bntools.modules import named_modules
@@ -24,7 +25,8 @@ class Ownership:
     """The canonical name of each module and tensor: the first path under which it is found.
 
     `absent` are the registered parameters that are None (the bias of a conv without one); `tied`
-    maps a tensor's name to its names in other modules, or under other attributes.
+    maps a tensor's name to its names in other modules, or under other attributes; `sealed` are the
+    paths of modules that cannot be edited (TorchScript).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,17 +36,20 @@ class Ownership:
         self.owners: dict[str, str] = {}
         self.absent: set[str] = set()
         self.tied: dict[str, tuple[str, ...]] = {}
+        self.sealed: set[str] = set()
         for path, module in named_modules(model):
             if id(module) not in self.paths:
                 self.paths[id(module)] = path
                 self._add(path, module)
 
     def _add(self, path: str, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            self.sealed.add(path)
         prefix = f"{path}." if path else ""
         for table in (module._parameters, module._buffers):
             for attribute, tensor in table.items():
                 name = prefix + attribute
-                if tensor is None:
+                if tensor is None or is_lazy(tensor):
                     self.absent.add(name)
                     continue
                 known = self.names.setdefault(id(tensor), name)
@@ -102,7 +107,8 @@ def _refusal(module: nn.Module) -> tuple[Reason, str] | None:
             return Reason.TRAINING_MODE, (
                 "it stays in training mode and normalises with batch statistics; call eval() on it"
             )
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    lazy = any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
+    if not lazy and any(getattr(module, hooks, None) for hooks in _HOOKS):
         return Reason.HOOKS, "it has hooks, which would be lost with it; remove them first"
     return None
 

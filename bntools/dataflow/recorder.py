@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntools.dataflow.graph import Graph
+from bntools.dataflow.guard import Guard
 from bntools.dataflow.operations import operation
 from bntools.dataflow.tape import Tape, tensors_in
 from bntools.modules import preserved
@@ -26,6 +27,7 @@ from bntools.modules import preserved
 __all__ = ["record"]
 
 _SMALL = 1 << 16
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 _LEAVING = {
     torch.Tensor.numpy: "numpy()",
@@ -46,8 +48,8 @@ def record(
     with preserved(model):
         if model.training:
             model.eval()
-        tape = Tape(model)
-        with torch.no_grad(), _compiled_code_runs_eagerly(), _few_threads(args), _watched(tape):
+        tape, guard = Tape(model), Guard(model)
+        with torch.no_grad(), _compiled_code_runs_eagerly(), _few_threads(args), _watched(tape, guard):
             for value in tensors_in((args, kwargs)):
                 tape.source(value)
             out = model(*args, **(kwargs or {}))
@@ -80,13 +82,13 @@ def _few_threads(args: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(tape: Tape) -> Iterator[None]:
+def _watched(tape: Tape, guard: Guard) -> Iterator[None]:
     """Feed the tape with every call, function and operation; restore what they wrote."""
     try:
-        with _patched_calls(tape), _Functions(tape), _Operations(tape):
+        with _patched_calls(tape), _Functions(tape), _Operations(tape, guard):
             yield
     finally:
-        tape.restore()
+        guard.restore()
 
 
 @contextmanager
@@ -123,7 +125,10 @@ class _Functions(TorchFunctionMode):
         if leaving is not None:
             self.tape.use(leaving, [args[0]])
         if func is not nn.functional.linear:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func is _SET_DATA:
+                self.tape.overwrite(args[0])
+            return out
         start = self.tape.position
         out = func(*args, **kwargs)
         self.tape.linear_function(start, args, kwargs, out)
@@ -133,9 +138,10 @@ class _Functions(TorchFunctionMode):
 class _Operations(TorchDispatchMode):
     """Sees every ATen operation, after composite ones are taken apart."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, guard: Guard) -> None:
         super().__init__()
         self.tape = tape
+        self.guard = guard
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -148,7 +154,7 @@ class _Operations(TorchDispatchMode):
                 return out
         written = list(operation(func).written(args, kwargs))
         if written:
-            self.tape.keep_originals(written)
+            self.guard.keep(written)
         out = func(*args, **kwargs)
         self.tape.operation(func, args, kwargs, out, written)
         return out

@@ -23,17 +23,18 @@ __all__ = ["Tape", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers and plain objects, each once, in order."""
+    """Every tensor in nested containers and plain objects, in order, as often as it is there."""
     seen: set[int] = set()
     stack = [value]
     while stack:
         item = stack.pop()
+        if isinstance(item, Tensor):
+            yield item
+            continue
         if id(item) in seen or isinstance(item, (str, bytes, int, float, type(None), nn.Module)):
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, dict):
+        if isinstance(item, dict):
             stack.extend(reversed(item.values()))
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.extend(reversed(list(item)))
@@ -60,7 +61,6 @@ class Tape:
         self._nodes: list[Node] = []
         self._frames: dict[str, list[Frame]] = {}
         self._stack: list[str] = [""]
-        self._originals: dict[str, tuple[Tensor, Tensor]] = {}
         self._late: list[_Late] = []
         self._dropped: dict[Value, Value] = {}
         self._watched = {layer.path for layer in self.layers}
@@ -83,7 +83,7 @@ class Tape:
         owners = self.owners
         return Graph(
             self._nodes, self._frames, self.layers, self._versions.parameters, owners.tensors,
-            owners.owners, owners.tied, frozenset(owners.absent),
+            owners.owners, owners.tied, frozenset(owners.absent), frozenset(owners.sealed),
         ).link()  # fmt: skip
 
     # values
@@ -108,21 +108,13 @@ class Tape:
         """Say that something outside of the graph sees these tensors."""
         self._add(Kind.OUTPUT, name, [self.value(tensor) for tensor in tensors])
 
+    def overwrite(self, tensor: Tensor) -> None:
+        """Note that a tensor was given other memory (`.data = ...`)."""
+        old, new = self.value(tensor), Value(tuple(tensor.shape))
+        self._add(Kind.OPAQUE, "a replaced .data", [old], new)
+        self._versions.bind(tensor, new)
+
     # operations
-
-    def keep_originals(self, tensors: Sequence[Tensor]) -> None:
-        """Before a write: copy the parameters and buffers that share the storage."""
-        for tensor in tensors:
-            for alias in (tensor, *self._versions.aliases(tensor)):
-                name = self._versions.parameter_name(alias)
-                if name is not None and name not in self._originals:
-                    self._originals[name] = (alias, alias.detach().clone())
-
-    def restore(self) -> None:
-        """Give the parameters and buffers that were written their contents back."""
-        with torch.no_grad():
-            for tensor, content in self._originals.values():
-                tensor.copy_(content)
 
     def operation(
         self, func: Any, args: Sequence[Any], kwargs: Any, out: Any, written: Sequence[Tensor]
@@ -174,7 +166,7 @@ class Tape:
         call = batch_norm_call(name, args)
         if call.training or call.mean is None or call.variance is None:
             return None
-        owner = self.owners.owner_of(self.value(call.mean).parameter)
+        owner = self.owners.owner_of(self._versions.parameter_name(call.mean))
         if owner is None or owner not in self._watched:
             return None
         used = (call.mean, call.variance, call.weight, call.bias)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from bntools.dataflow.graph import Value
+from bntools.dataflow.guard import storage_key
 from bntools.dataflow.layers import Ownership
 
 __all__ = ["Versions"]
@@ -42,18 +43,18 @@ class Versions:
             return
         reference = TensorWeakRef(tensor)
         self._values[id(tensor)] = (reference, value)
-        key = _storage(tensor)
+        key = storage_key(tensor)
         if key is not None:
             self._aliases.setdefault(key, []).append(reference)
 
     def aliases(self, tensor: Tensor) -> list[Tensor]:
         """The other live tensors on the same storage."""
-        key = _storage(tensor)
+        key = storage_key(tensor)
         if key is None or key not in self._aliases:
             return []
         live = [(reference, reference()) for reference in self._aliases[key]]
         # storage addresses are reused: what no longer lies on this one is an older tensor
-        live = [(r, alias) for r, alias in live if alias is not None and _storage(alias) == key]
+        live = [(r, alias) for r, alias in live if alias is not None and storage_key(alias) == key]
         self._aliases[key] = [reference for reference, _ in live]
         return [alias for _, alias in live if alias is not tensor]
 
@@ -68,10 +69,3 @@ class Versions:
                 tensor = reference()
                 if tensor is not None and self.parameter_name(tensor) is None:
                     yield value
-
-
-def _storage(tensor: Tensor) -> int | None:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse and meta-like tensors have none
-        return None

@@ -39,7 +39,9 @@ def fold_copy(model: nn.Module, folds: Sequence[NormFold]) -> Folded:
     except RecursionError as error:
         raise SurgeryError(f"Cannot copy the model: {error}.") from error
     recipe = _recipe(folds)
-    copied = apply_edits(copied.eval(), recipe)
+    if copied.training:
+        copied.eval()
+    copied = apply_edits(copied, recipe)
     set_tensors(copied, {name: t for name, t in tensors.items() if old[name] is None})
     return Folded(copied, recipe, flushed)
 

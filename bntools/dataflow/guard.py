@@ -1,0 +1,78 @@
+"""Keeping parameters and buffers as they are while a model runs that may write to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from bntools.dataflow.operations import operation
+from bntools.modules import named_tensors
+
+__all__ = ["Guard", "storage_key", "unwritten"]
+
+
+class Guard:
+    """Copies a parameter or buffer before its first write, and gives it its contents back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: dict[int, list[Tensor]] = {}
+        self._originals: dict[int, tuple[Tensor, Tensor]] = {}
+        for *_, tensor in named_tensors(model):
+            key = storage_key(tensor)
+            if key is not None:
+                self._held.setdefault(key, []).append(tensor)
+
+    def keep(self, written: Sequence[Tensor]) -> None:
+        """Before a write: copy whatever lies on the same storage."""
+        for tensor in written:
+            key = storage_key(tensor)
+            for held in self._held.get(key, ()) if key is not None else ():
+                if id(held) not in self._originals:
+                    self._originals[id(held)] = (held, held.detach().clone())
+
+    def restore(self) -> None:
+        """Undo the writes."""
+        with torch.no_grad(), _disable_current_modes():
+            for tensor, content in self._originals.values():
+                tensor.copy_(content)
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Whatever operations write to parameters and buffers inside is undone at the end."""
+    guard = Guard(model)
+    try:
+        with _Writes(guard):
+            yield
+    finally:
+        guard.restore()
+
+
+class _Writes(TorchDispatchMode):
+    """Tells a guard of every write."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self.guard = guard
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = list(operation(func).written(args, kwargs))
+        if written:
+            self.guard.keep(written)
+        return func(*args, **kwargs)
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """What identifies a tensor's memory while it lives; None for tensors without a storage."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors
+        return None

@@ -1,0 +1,88 @@
+"""The group of commands, and the one place where whatever goes wrong becomes an exit code."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import click
+
+import bntools
+from bntools.errors import BNToolsError
+
+from .console import Console
+from .fold import fold
+from .inspect import inspect
+
+__all__ = ["program"]
+
+_CANNOT, _BUG, _INTERRUPTED = 3, 70, 130
+
+_HELP = """Surgery on PyTorch networks with BatchNorm, with proof that the result is right.
+
+\b
+Examples:
+  bntools inspect model.pt
+  bntools fold model.pt
+  bntools fold weights.pth --arch torchvision:resnet50 -o small.pt
+
+MODEL is a file that torch.save wrote, with a whole model or (with --arch) a state dict. Files
+are not trusted: nothing in them is run. It may also be an architecture's name, such as
+timm:resnet18.
+
+The answer is on stdout, all else on stderr. Exit codes: 0 done, 1 a check failed, 2 wrong
+options, 3 not possible (the message says why), 70 a bug, 130 interrupted.
+"""
+
+
+class Program(click.Group):
+    """A group that turns exceptions into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        console = ctx.obj = Console()
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            console.error("interrupted")
+            raise click.exceptions.Exit(_INTERRUPTED) from None
+        except Exception as error:
+            if console.verbose:
+                console.error("".join(traceback.format_exception(error)).rstrip())
+            console.error(f"Error: {_told(error)}")
+            raise click.exceptions.Exit(_CANNOT if _is_foreseen(error) else _BUG) from error
+
+
+def _is_foreseen(error: Exception) -> bool:
+    return isinstance(error, BNToolsError) or _is_memory(error)
+
+
+def _is_memory(error: Exception) -> bool:
+    name = type(error).__name__
+    return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, BNToolsError):
+        return str(error)
+    says = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+    if _is_memory(error):
+        return (
+            f"Cannot go on: there is not enough memory ({says}). Use a smaller --input-shape, or"
+            " another --device."
+        )
+    return (
+        f"this is a bug in bntools {bntools.__version__} ({says}). Please report it to its"
+        " maintainers, with what the same command prints with -v."
+    )
+
+
+program = Program(
+    "bntools",
+    help=_HELP,
+    commands=[inspect, fold],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+program = click.version_option(bntools.__version__, message="%(prog)s %(version)s")(program)
