@@ -42,7 +42,8 @@ class Affine:
     ) -> Affine:
         """The map of an eval-mode batch norm with statistics of shape (C,).
 
-        `scale = weight / sqrt(variance + eps)`, `shift = bias - mean * scale` (Ioffe & Szegedy 2015).
+        `scale = weight / sqrt(variance + eps)`, `shift = bias - mean * scale`
+        (Ioffe & Szegedy 2015).
         """
         scale = (variance.detach().double() + eps).rsqrt()
         if weight is not None:

@@ -54,7 +54,10 @@ class HostFold:
 
     def same_as(self, other: HostFold) -> bool:
         """Whether both folds do the same to the same host (one may have been given a bias)."""
-        mine, theirs = (self.path, self.weight, self.layout), (other.path, other.weight, other.layout)
+        mine, theirs = (
+            (self.path, self.weight, self.layout),
+            (other.path, other.weight, other.layout),
+        )
         return mine == theirs and self.affine.same_as(other.affine)
 
 
@@ -202,7 +205,9 @@ class BackwardPlanner:
                 continue
             ends = reach(site.outputs[0], self.folded).ends
             if any(end.value in end.node.writes for end in ends):
-                detail = "what it gives is written in place, and would be shared memory after a fold"
+                detail = (
+                    "what it gives is written in place, and would be shared memory after a fold"
+                )
                 raise Refused(Reason.WRITTEN_IN_PLACE, detail)
 
     def _hosts(self, affines: dict[Node, Affine]) -> tuple[HostFold, ...]:
@@ -214,14 +219,14 @@ class BackwardPlanner:
             if not known.same_as(host):
                 detail = f"{host.path} is called more than once, and not alike"
                 raise Refused(Reason.HOST_SHARED, detail)
-            for call in self._calls(host, node):
+            for call in self._calls(host):
                 if call not in affines:
                     detail = f"{host.path} is called more than once, and not always before it"
                     raise Refused(Reason.HOST_SHARED, detail)
             self._fits(host)
         return tuple(found.values())
 
-    def _calls(self, host: HostFold, node: Node) -> Iterable[Node]:
+    def _calls(self, host: HostFold) -> Iterable[Node]:
         if host.registered:
             linear = self.graph.of_kind(Kind.LINEAR)
             return [other for other in linear if other.linear.host == host.path]
@@ -232,17 +237,19 @@ class BackwardPlanner:
         if linear.host is not None:
             path = linear.host
             return HostFold(path, path, None, False, linear.layout, affine, registered=True)
-        name = weight_name(node, self.graph)
+        name = weight_name(node)
         path = self.graph.owners[name]
         if path in self.graph.sealed:
-            raise Refused(Reason.SCRIPTED, f"{path} is compiled by TorchScript and cannot be edited")
+            raise Refused(
+                Reason.SCRIPTED, f"{path} is compiled by TorchScript and cannot be edited"
+            )
         if name in self.graph.tied:
             also = ", ".join(self.graph.tied[name])
             raise Refused(Reason.TIED_WEIGHT, f"the weight {name} is also {also}")
         bias, gains = self._bias(node, name, needed=bool(affine.shift.any()))
         return HostFold(path, name, bias, gains, linear.layout, affine)
 
-    def _bias(self, node: Node, weight: str, needed: bool) -> tuple[str | None, bool]:
+    def _bias(self, node: Node, weight: str, *, needed: bool) -> tuple[str | None, bool]:
         path, passed = self.graph.owners[weight], node.linear.bias
         if passed is None:
             name = bias_beside(self.graph, weight)

@@ -71,8 +71,7 @@ def find_truth(reference: nn.Module, examples: Examples, *, keep: bool = False) 
     double = in_float64(reference)
     try:
         exact = run(double, examples.cast(torch.float64, "cpu"))
-    except Exception:
-        # a dtype is hard-coded somewhere in the model
+    except Exception:  # noqa: BLE001 - a dtype or device is hard-coded somewhere in the model
         return Truth(native, native, dtype, _coarsest(reference), is_float64=False)
     kept = double if keep else None
     return Truth(exact, native, dtype, _coarsest(reference), is_float64=True, double=kept)

@@ -15,10 +15,14 @@ from bntools.modules import named_modules, named_tensors, preserved
 
 __all__ = ["Examples", "candidates", "given"]
 
-_SIZES = {1: (256, 1024, 64, 16000), 2: (64, 224, 32, 28, 128, 256, 96, 299, 384, 8, 512), 3: (32, 64, 112)}
+_SIZES = {
+    1: (256, 1024, 64, 16000),
+    2: (64, 224, 32, 28, 128, 256, 96, 299, 384, 8, 512),
+    3: (32, 64, 112),
+}
 _FRAMES = {32: 8, 64: 16, 112: 16}
-_CONVS = nn.modules.conv._ConvNd
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+_CONVS = nn.modules.conv._ConvNd  # noqa: SLF001
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def given(example_inputs: Any) -> Examples:
         return Examples((example_inputs,))
     raise InputError(
         f"Cannot use example inputs of type {type(example_inputs).__name__}: give a tensor, a tuple"
-        " of positional arguments, a list of tensors as one argument, or a dict of keyword arguments."
+        " of positional arguments, a list of tensors as one argument, or a dict of keywords."
     )
 
 
@@ -121,7 +125,7 @@ def candidates(model: nn.Module) -> Iterator[Examples]:
             first = torch.randn(shape, generator=generator).to(like.device, like.dtype)
         yield Examples(tuple(first.clone() for _ in range(_required(model))), inferred=True)
         if len(shape) == 4:
-            yield Examples(([image for image in first],), inferred=True)
+            yield Examples((list(first),), inferred=True)
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
@@ -213,7 +217,7 @@ def _first_run(model: nn.Module, example: Tensor) -> tuple[nn.Module, int, int] 
         seen = stopped.inputs[0] if stopped.inputs else None
         if isinstance(seen, Tensor) and seen.dim() > 1:
             return stopped.module, _expected(stopped.module), seen.shape[1]
-    except Exception:
+    except Exception:  # noqa: BLE001 - a probe: whatever it raises, the guess was wrong
         return None
     finally:
         hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,7 @@ def peak_memory() -> Iterator[Peak]:
 
 
 def _resident() -> int | None:
-    import resource
-
     try:
-        pages = int(_STATM.read_text().split()[1])
+        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
     except (OSError, IndexError, ValueError):
         return None
-    return pages * resource.getpagesize()

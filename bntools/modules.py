@@ -19,6 +19,7 @@ from bntools.errors import PlanError, SurgeryError
 __all__ = [
     "duplicate",
     "get_module",
+    "is_unmade",
     "named_modules",
     "named_tensors",
     "preserved",
@@ -47,6 +48,12 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 stack.append((full, child, (*above, id(module))))
 
 
+def is_unmade(module: nn.Module) -> bool:
+    """Whether a module has lazy parameters or buffers that no forward has made yet."""
+    tables = (module._parameters, module._buffers)
+    return any(t is not None and is_lazy(t) for table in tables for t in table.values())
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Every (path of the owner, owner, name, tensor) of parameters and buffers, tied ones included.
 
@@ -63,11 +70,16 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a path; "" is the model itself."""
     module = model
     for name in path.split(".") if path else ():
-        child = module._modules[name] if name in module._modules else None
+        child = _child(module, name)
         if child is None:
             raise PlanError(f"Cannot find {path!r} in the model: there is no {name!r}.")
         module = child
     return module
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    children = module._modules
+    return children[name] if name in children else None  # noqa: SIM401 - TorchScript has no get
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
@@ -89,7 +101,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
             continue
-        inner = model._modules["_orig_mod"] if "_orig_mod" in model._modules else None
+        inner = _child(model, "_orig_mod")
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -111,7 +123,7 @@ def duplicate(model: nn.Module, replacing: Mapping[int, Any] | None = None) -> n
 def _lazy_buffers(model: nn.Module) -> dict[int, Tensor]:
     """New lazy buffers for those of a model: torch cannot copy them."""
     return {
-        id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)
+        id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype)  # type: ignore[call-arg]
         for _, module in named_modules(model)
         for buffer in module._buffers.values()
         if buffer is not None and is_lazy(buffer)
@@ -137,7 +149,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return same
     try:
         return copy.deepcopy(value, memo)
-    except Exception:
+    except Exception:  # noqa: BLE001 - a lock, an open file: it is shared
         return value
 
 
@@ -146,8 +158,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Whatever a forward or a mode change does to modules and RNG is undone at the end.
 
     Restored are each module's attributes (also training flags, registered tensors and submodules,
-    lists, dicts and sets one level deep; `.data` that was set), and the state of torch's, Python's and NumPy's
-    generators. The contents of tensors are not: who writes them restores them.
+    lists, dicts and sets one level deep; `.data` that was set), and the state of torch's, Python's
+    and NumPy's generators. The contents of tensors are not: who writes them restores them.
     """
     modules = {id(module): module for _, module in named_modules(model)}
     storages = [(tensor, tensor.detach()) for *_, tensor in named_tensors(model)]

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from bntools.backward import bias_beside
 from bntools.dataflow.graph import Graph, Kind
 from bntools.dataflow.recorder import record
-from bntools.backward import bias_beside
-from bntools.errors import BNToolsError, InputError
+from bntools.errors import InputError
 from bntools.examples import Examples, candidates, given
-from bntools.modules import duplicate, get_module, named_modules, unwrap
+from bntools.modules import duplicate, get_module, is_unmade, named_modules, unwrap
 
 __all__ = ["Observation", "observe", "observe_again"]
 
@@ -68,7 +67,7 @@ def observe_again(seen: Observation) -> Observation:
 
 def _warnings(model: nn.Module) -> Iterator[str]:
     if model.training:
-        yield "the model is in training mode; its eval() version is used, and the result is in eval mode"
+        yield "the model is in training mode: its eval() version is used, and the result is that"
 
 
 def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Examples]:
@@ -78,9 +77,7 @@ def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Exa
         try:
             ready = _materialised(model, examples)
             return ready, _recorded(ready, examples), examples
-        except BNToolsError:
-            raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001, PERF203 - models raise anything; the first is told
             failure = failure or (examples, error)
     raise InputError(_does_not_run(example_inputs, failure)) from (failure[1] if failure else None)
 
@@ -113,7 +110,7 @@ def _second(model: nn.Module, graph: Graph, examples: Examples) -> tuple[Graph, 
             varied = option.varied(_SEED)
             try:
                 return _recorded(model, varied), varied
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - models raise anything
                 failure = error
     raise InputError(
         f"Cannot run the model a second time on {examples} with other values: {failure}."
@@ -154,13 +151,7 @@ def _with_biases(model: nn.Module, biases: dict[str, Tensor]) -> Iterator[None]:
 
 def _materialised(model: nn.Module, examples: Examples) -> nn.Module:
     """The model, or a copy with its lazy parameters made by one forward from a fixed seed."""
-    lazy = any(
-        is_lazy(tensor)
-        for _, module in named_modules(model)
-        for table in (module._parameters, module._buffers)
-        for tensor in table.values()
-    )
-    if not lazy:
+    if not any(is_unmade(module) for _, module in named_modules(model)):
         return model
     made = duplicate(model)
     modes = [(module, module.training) for _, module in named_modules(made)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -71,17 +71,21 @@ def fold(
     if plan.folds:
         with _timed(seconds, "check"):
             plan, folded, check = _proven(plan, compiled, folded, seed)
-    report = Report(
+    report = _report(plan, check, folded.flushed, seconds)
+    return Result(folded.model, report, folded.recipe)
+
+
+def _report(plan: Plan, check: Check | None, flushed: int, seconds: dict[str, float]) -> Report:
+    return Report(
         "fold",
         plan.decisions,
         check,
         inputs=plan.inputs,
         warnings=plan.warnings,
-        flushed=folded.flushed,
+        flushed=flushed,
         seconds=seconds,
         versions=_versions(),
     )
-    return Result(folded.model, report, folded.recipe)
 
 
 def _proven(
@@ -134,8 +138,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("bntools", "torch", "torchvision"):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found

@@ -75,9 +75,9 @@ def replan(plan: Plan, refused: Mapping[str, Refused]) -> Plan:
 
 def compiled_of(plan: Plan) -> Compiled:
     """What `plan_fold` keeps with a plan."""
-    if not isinstance(plan._compiled, Compiled):
+    if not isinstance(plan.compiled, Compiled):
         raise PlanError("Cannot carry out this plan: it was not made by plan_fold in this process.")
-    return plan._compiled
+    return plan.compiled
 
 
 def compiled_for(plan: Plan, model: nn.Module) -> Compiled:
@@ -167,9 +167,7 @@ def _decisions(
         found = outcome[layer.path]
         if isinstance(found, NormFold):
             hosts = tuple(dict.fromkeys(host.path for host in found.hosts))
-            decisions.append(
-                Decision(layer.path, layer.kind, Action.FOLD, hosts, detail=found.via)
-            )
+            decisions.append(Decision(layer.path, layer.kind, Action.FOLD, hosts, detail=found.via))
         else:
             decisions.append(
                 Decision(layer.path, layer.kind, Action.KEEP, (), found.reason, found.detail)
@@ -183,5 +181,3 @@ def _decisions(
 
 def _execution_order(graph: Graph) -> dict[str, int]:
     return {path: frames[0].start for path, frames in graph.frames.items()}
-
-

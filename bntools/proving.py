@@ -83,7 +83,7 @@ class Prover:
     def _failure(self, folds: Sequence[NormFold]) -> str:
         try:
             proof = self.check(folds, fold_copy(self.model, folds))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a fold breaks is its failure
             return f"the folded model raises {type(error).__name__}: {' '.join(str(error).split())}"
         worst = proof.failure
         if worst is None:
@@ -118,4 +118,6 @@ class Prover:
         return replace(truth, exact=sound, native={n: native[n] for n in sound})
 
     def _kept(self, outputs: Outputs) -> Outputs:
-        return {n: t for n, t in outputs.items() if n in self.truth.exact} if self.watch else outputs
+        return (
+            {n: t for n, t in outputs.items() if n in self.truth.exact} if self.watch else outputs
+        )

@@ -38,7 +38,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A versioned list of edits: applied to a fresh model, it gives the architecture of a result."""
+    """A versioned list of edits: applied to a fresh model, it gives a result's architecture."""
 
     edits: tuple[Edit, ...] = field(default_factory=tuple)
 
@@ -57,7 +57,9 @@ def apply_edits(model: nn.Module, recipe: Recipe) -> nn.Module:
         elif edit.kind == "drop-norm":
             remainders[edit.path] = _remainder(module)
         else:
-            raise SurgeryError(f"Cannot apply the edit {edit.kind!r}: this bntools has no such edit.")
+            raise SurgeryError(
+                f"Cannot apply the edit {edit.kind!r}: this bntools has no such edit."
+            )
     return replace_modules(model, remainders)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -106,7 +106,10 @@ def _name(cls: type | str) -> str:
     return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _lookup(table: dict[str, Any], module: nn.Module) -> Any:
+Rule = TypeVar("Rule", NormRule, HostRule)
+
+
+def _lookup(table: dict[str, Rule], module: nn.Module) -> Rule | None:
     forward = getattr(type(module), "forward", None)
     for cls in type(module).__mro__:
         rule = table.get(_name(cls))
@@ -142,7 +145,10 @@ def _drop_and_act(module: Any) -> nn.Module | None:
     return remainder.train(module.training)
 
 
-for _cls in ("torchvision.ops.misc.FrozenBatchNorm2d", "detectron2.layers.batch_norm.FrozenBatchNorm2d"):
+for _cls in (
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d",
+):
     register_norm(_cls, affine=_frozen_affine)
 for _cls in ("BatchNormAct2d", "SyncBatchNormAct"):
     register_norm(

@@ -115,7 +115,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     inputs: str = ""
     warnings: tuple[str, ...] = ()
-    _compiled: Any = field(default=None, repr=False, compare=False)
+    compiled: Any = field(default=None, repr=False, compare=False)
 
     @property
     def folds(self) -> tuple[Decision, ...]:
@@ -133,7 +133,8 @@ class Plan:
 
     def __str__(self) -> str:
         return tables.text(
-            tables.decisions(self.decisions), f"{len(self.folds)} of {len(self.decisions)} would fold"
+            tables.decisions(self.decisions),
+            f"{len(self.folds)} of {len(self.decisions)} would fold",
         )
 
 
@@ -186,7 +187,9 @@ class Equivalence:
         """The output that comes nearest to its limit, or exceeds it most."""
         if not self.outputs:
             return None
-        return max(self.outputs, key=lambda o: (not o.passed, o.error / o.limit if o.limit else 0.0))
+        return max(
+            self.outputs, key=lambda o: (not o.passed, o.error / o.limit if o.limit else 0.0)
+        )
 
     def summary(self) -> str:
         """One line, such as "worst error 0.9x that of the original float32 model (limit 4x)"."""
@@ -208,7 +211,9 @@ class Equivalence:
 
     def __str__(self) -> str:
         verdict = "equivalent" if self else "NOT equivalent"
-        return tables.text(tables.outputs(self.outputs), f"{verdict}: {self.summary()}", *self.notes)
+        return tables.text(
+            tables.outputs(self.outputs), f"{verdict}: {self.summary()}", *self.notes
+        )
 
 
 @dataclass(frozen=True)
@@ -373,5 +378,8 @@ class Inspection:
 
     def __str__(self) -> str:
         return tables.text(
-            tables.layers(self.layers), tables.findings(self.findings), *self.warnings, self.summary()
+            tables.layers(self.layers),
+            tables.findings(self.findings),
+            *self.warnings,
+            self.summary(),
         )

@@ -19,7 +19,7 @@ from bntools.errors import BNToolsError
 __all__ = ["Console"]
 
 _COLOURS = {
-    r"^(\S.*  )?(?P<kept>kept, [\w-]+)": "yellow",
+    r"(?<=  )kept, [\w-]+": "yellow",
     r"^error(?=  )": "bold red",
     r"^warning(?=  )": "yellow",
     r"^-+$": "dim",
@@ -78,7 +78,7 @@ class Console:
         from rich.console import Console as RichConsole
         from rich.markup import escape
 
-        return RichConsole(stderr=True).status(escape(_harmless(what)))
+        return RichConsole(stderr=True).status(escape(_harmless(what)), spinner="line")
 
 
 def _write(text: str) -> None:

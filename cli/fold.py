@@ -67,7 +67,7 @@ def _plan(job: Job, output: Path) -> None:
         job.console.note(f"would write {output}{exists}")
     answer = Answer(plan, {"model": job.model, "output": None})
     job.write_report(answer)
-    job.show(answer, str(plan))
+    job.show(answer, str(plan) if plan.decisions else "the model has no norm layer to fold")
 
 
 def _fold(job: Job, output: Path, *, strict: bool) -> None:

@@ -430,7 +430,7 @@ def test_without_its_check_that_fold_would_be_wrong(mistaken):
     """Otherwise the test above would show nothing."""
     plan = bntools.plan_fold(mistaken, IMAGE())
     assert len(plan.folds) == 3
-    folded = fold_copy(mistaken, plan._compiled.folds).model
+    folded = fold_copy(mistaken, plan.compiled.folds).model
     assert difference(outputs(folded, IMAGE()), outputs(mistaken, IMAGE())) > 1e-5
 
 

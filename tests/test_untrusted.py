@@ -20,7 +20,8 @@ from torch import nn
 
 from bntools.errors import LoadError
 from bntools.loading import load
-from bntools.trust import _FUNCTIONS, AllowList, examine
+from bntools.pickles import examine
+from bntools.trust import _FUNCTIONS, AllowList
 
 MAGIC = 0x1950A86A20F9469CFC6C
 

@@ -14,7 +14,7 @@ import torch
 import zoo_table
 from randomise import norms, randomise, settle
 from zoo_models import CROSS_SECTION, MODELS, TORCHVISION, has_no_norms
-from zoo_table import LIMIT, TABLE, Row, measure
+from zoo_table import LIMIT, TABLE, Row, crowd, measure
 
 import bntools
 
@@ -39,7 +39,7 @@ def oracle_counts() -> dict[str, str]:
 
 @functools.cache
 def committed() -> dict[str, Row]:
-    return zoo_table.read(TABLE) if TABLE.exists() else {}
+    return zoo_table.read(TABLE)
 
 
 def check(row: Row) -> None:
@@ -72,7 +72,7 @@ def test_fold_proves_a_model_of_the_cross_section_in_float32(name):
     model = entry.build().eval()
     inputs = entry.example(1)
     randomise(model)
-    settle(model, inputs)
+    settle(model, crowd(entry))
     result = bntools.fold(model, inputs)
     check = result.report.check
     assert check is not None

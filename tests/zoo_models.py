@@ -47,8 +47,8 @@ def _photos(size: int, random: torch.Generator) -> tuple[list[Tensor]]:
     return ([torch.rand(3, size, size + 16 * i, generator=random) for i in range(2)],)
 
 
-def _clip(frames: int, size: int, random: torch.Generator) -> Tensor:
-    return torch.randn(2, 3, frames, size, size, generator=random)
+def _clip(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=random)
 
 
 def _pair(size: int, random: torch.Generator) -> dict[str, Any]:
@@ -209,12 +209,12 @@ def _input(name: str) -> Callable[[torch.Generator], Any]:
         "inception_v3": partial(_image, 96),
         "maxvit_t": partial(_image, 224),
         "raft_large": partial(_pair, 128),
-        "s3d": partial(_clip, 16, 224),
+        "s3d": partial(_clip, (1, 3, 16, 224, 224)),
     }
     if name in special:
         return special[name]
     if name in ("mc3_18", "r3d_18", "r2plus1d_18"):
-        return partial(_clip, 4, 32)
+        return partial(_clip, (2, 3, 4, 32, 32))
     return partial(
         _photos if _family(name) in _BUILT_WITH else _image, 96 if _detects(name) else 64
     )

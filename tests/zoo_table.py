@@ -156,7 +156,7 @@ def oracle_counts() -> dict[str, str]:
 
 
 def _folded(model: nn.Module, plan: Plan) -> nn.Module:
-    folds = plan._compiled.folds
+    folds = plan.compiled.folds
     if sum(p.numel() for p in model.parameters()) < _GIANT:
         return fold_copy(model, folds).model
     for fold in folds:

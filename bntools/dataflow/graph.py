@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import cast
 
 from torch import Tensor
 
@@ -106,20 +107,17 @@ class Node:
     @property
     def linear(self) -> Linear:
         """The detail of a LINEAR node."""
-        assert isinstance(self.detail, Linear)
-        return self.detail
+        return cast("Linear", self.detail)
 
     @property
     def norm(self) -> Norm:
         """The detail of an AFFINE node."""
-        assert isinstance(self.detail, Norm)
-        return self.detail
+        return cast("Norm", self.detail)
 
     @property
     def move(self) -> Move:
         """The detail of a MOVE node."""
-        assert isinstance(self.detail, Move)
-        return self.detail
+        return cast("Move", self.detail)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,11 +53,11 @@ def unwritten(model: nn.Module) -> Iterator[None]:
         guard.restore()
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells a guard of every write."""
 
     def __init__(self, guard: Guard) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.guard = guard
 
     def __torch_dispatch__(
@@ -73,6 +73,6 @@ class _Writes(TorchDispatchMode):
 def storage_key(tensor: Tensor) -> int | None:
     """What identifies a tensor's memory while it lives; None for tensors without a storage."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - the identity of a storage has no public name
     except (NotImplementedError, RuntimeError):  # sparse tensors
         return None

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bntools.dataflow.graph import NormLayer
-from bntools.modules import named_modules
+from bntools.modules import is_unmade, named_modules
 from bntools.registry import norm_rule
 from bntools.report import Reason
 
 __all__ = ["BatchNorm", "Ownership", "is_norm_layer", "norm_layers"]
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
+BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the base of all has no other name
 _STANDARD = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BATCH_NORM_NAMES = {
@@ -107,8 +107,7 @@ def _refusal(module: nn.Module) -> tuple[Reason, str] | None:
             return Reason.TRAINING_MODE, (
                 "it stays in training mode and normalises with batch statistics; call eval() on it"
             )
-    lazy = any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
-    if not lazy and any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if not is_unmade(module) and any(getattr(module, hooks, None) for hooks in _HOOKS):
         return Reason.HOOKS, "it has hooks, which would be lost with it; remove them first"
     return None
 

@@ -70,7 +70,7 @@ class Operation:
 @cache
 def operation(func: Any) -> Operation:
     """Look an overload up (`aten.add_.Tensor`)."""
-    schema = func._schema
+    schema = func._schema  # noqa: SLF001 - torch's own way to ask for it
     name = schema.name.split("::")[-1]
     writes: list[int | str] = []
     for index, argument in enumerate(schema.arguments):
@@ -80,12 +80,12 @@ def operation(func: Any) -> Operation:
         name,
         tuple(writes),
         torch.Tag.nondeterministic_seeded in func.tags,
-        _kind(func, name, bool(writes)),
+        _kind(func, name, writes=bool(writes)),
         name in _SHAPE_ONLY,
     )
 
 
-def _kind(func: Any, name: str, writes: bool) -> str:
+def _kind(func: Any, name: str, *, writes: bool) -> str:
     if func.namespace != "aten":
         return "opaque"
     if name in _BATCH_NORMS:
@@ -109,7 +109,8 @@ def linear_call(
         layout = OutputLayout(1, args[8]) if args[6] else OutputLayout()
         return Linear(value(weight), value(bias) if bias is not None else None, layout, 1)
     if name == "linear":
-        data, weight, bias = (*args, *(kwargs.get(key) for key in _LINEAR[len(args) :]))
+        given = [*args, *(kwargs.get(key) for key in _LINEAR[len(args) :])]
+        data, weight, bias = given[0], given[1], given[2]
         if weight.dim() != 2:
             return None
         own = value(bias) if bias is not None else None
@@ -158,7 +159,7 @@ def batch_norm_call(name: str, args: Sequence[Any]) -> BatchNormCall:
 
 
 def _is_training(name: str, args: Sequence[Any]) -> bool:
-    if name == "_native_batch_norm_legit_no_training" or name == "_batch_norm_no_update":
+    if name in ("_native_batch_norm_legit_no_training", "_batch_norm_no_update"):
         return False
     return name == "_batch_norm_with_update" or bool(args[5]) or args[3] is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ __all__ = [
 _WEIGHT_MOVES = {"t", "_to_copy", "detach", "alias", "clone"}
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - a refusal is an answer, no error
     """A fold is ruled out: the reason and a sentence. Internal; users see a `Decision`."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -182,8 +183,7 @@ def affines_at(site: Node, hosts: Sequence[Node], folded: Set[Node]) -> dict[Nod
 
     Refused where an element is not from a host, or a channel of a host meets two of the norm's.
     """
-    affine = site.norm.affine
-    assert isinstance(affine, Affine)
+    affine = cast("Affine", site.norm.affine)
     value, dim = site.inputs[0], site.norm.channel_dim
     if len(value.shape) <= dim or value.shape[dim] != affine.channels:
         raise Refused(Reason.CHANNEL_MISMATCH, "its input has no such channel axis")
@@ -226,9 +226,9 @@ def meets(end: End, host: Node, sites: Sequence[Node], folded: Set[Node]) -> boo
     if not end.partial:
         return True
     labels = Labels([host], folded)
-    others = labels.of(end.value).unique()
+    others = labels.of(end.value).flatten()
     for site in sites:
-        mine = labels.of(site.inputs[0]).unique()
+        mine = labels.of(site.inputs[0]).flatten()
         if bool(torch.isin(mine[mine >= 0], others).any()):
             return True
     return False
@@ -239,10 +239,9 @@ def _weight_as_seen(node: Node) -> Value | None:
     return node.linear.weight if node.linear.weight in node.inputs else node.inputs[-1]
 
 
-def weight_name(node: Node, graph: Graph) -> str:
+def weight_name(node: Node) -> str:
     """The name of the parameter that a linear call uses as its weight, or `Refused`."""
-    value = node.linear.weight
-    assert value is not None
+    value = cast("Value", node.linear.weight)
     while value.parameter is None:
         producer = value.producer
         if producer is None:
@@ -277,4 +276,3 @@ def weight_uses(graph: Graph, name: str) -> list[Node]:
             else:
                 raise Refused(Reason.TIED_WEIGHT, f"{name} is also used by {describe(node)}")
     return calls
-

@@ -37,9 +37,7 @@ _LEAVING = {
 }
 
 
-def record(
-    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None
-) -> Graph:
+def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Graph:
     """Run one eval-mode forward and return what it did.
 
     The model is as it was afterwards: flags, attributes, RNG, and the parameters and buffers that
@@ -49,7 +47,12 @@ def record(
         if model.training:
             model.eval()
         tape, guard = Tape(model), Guard(model)
-        with torch.no_grad(), _compiled_code_runs_eagerly(), _few_threads(args), _watched(tape, guard):
+        with (
+            torch.no_grad(),
+            _compiled_code_runs_eagerly(),
+            _few_threads(args),
+            _watched(tape, guard),
+        ):
             for value in tensors_in((args, kwargs)):
                 tape.source(value)
             out = model(*args, **(kwargs or {}))
@@ -111,7 +114,7 @@ def _patched_calls(tape: Tape) -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees what the dispatcher does not: tensors that become numbers, and whole `F.linear` calls."""
+    """Sees what the dispatcher does not: tensors that become numbers, and `F.linear` as a whole."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -135,11 +138,11 @@ class _Functions(TorchFunctionMode):
         return out
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every ATen operation, after composite ones are taken apart."""
 
     def __init__(self, tape: Tape, guard: Guard) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
         self.guard = guard
 

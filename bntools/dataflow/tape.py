@@ -143,9 +143,7 @@ class Tape:
             node = self._node(Kind.LINEAR, "linear", inputs, found)
             self._replace(start, [node], self.value(out))
 
-    def _classify(
-        self, func: Any, args: Sequence[Any], kwargs: Any, inputs: list[Value]
-    ) -> Node:
+    def _classify(self, func: Any, args: Sequence[Any], kwargs: Any, inputs: list[Value]) -> Node:
         known = operation(func)
         if known.kind == "linear":
             linear = linear_call(known.name, args, kwargs, self.value)
@@ -185,9 +183,7 @@ class Tape:
     def _node(self, kind: Kind, name: str, inputs: list[Value], detail: Any = None) -> Node:
         return Node(kind, name, inputs, [], self._stack[-1], detail)
 
-    def _add(
-        self, kind: Kind, name: str, inputs: list[Value], output: Value | None = None
-    ) -> None:
+    def _add(self, kind: Kind, name: str, inputs: list[Value], output: Value | None = None) -> None:
         if not inputs:
             return
         node = self._node(kind, name, inputs)
@@ -250,7 +246,7 @@ class Tape:
         self._replace(start, nodes, out)
 
     def _closed(self, start: int, data: Value) -> bool:
-        """Whether what ran since `start` depends on `data` and constants alone, and writes neither."""
+        """Whether what ran since `start` depends on `data` and constants alone, and writes none."""
         known = {data}
         for node in self._nodes[start:]:
             if not all(value.constant or value in known for value in node.inputs):

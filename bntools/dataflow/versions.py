@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 

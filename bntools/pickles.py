@@ -1,0 +1,310 @@
+"""What a pickle asks for, found without running it, and held to the allow-list.
+
+`examine` follows the pickle's own instructions with placeholders in place of objects. It is the
+machine of `torch.load(weights_only=True)`: what passes here means the same there.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import IO, Any
+
+import torch
+
+from bntools.trust import (
+    DICT,
+    DOTTED,
+    LIST,
+    SHARED,
+    UNKNOWN,
+    AllowList,
+    Global,
+    Grant,
+    Leftover,
+    Refusal,
+    Sequenced,
+    is_standard,
+)
+
+__all__ = ["Examined", "container_class", "examine"]
+
+_MAX_TUPLE_DEPTH = 100
+_MAX_TUPLE_WEIGHT = 1_000_000
+
+
+def container_class(_kind: str, cls: type, _file: str, _source: str) -> type:
+    """Stand in for the persistent ids by which files from before torch 1.6 name their classes."""
+    return cls
+
+
+_CONTAINER = "bntools.pickles.container_class"
+
+
+@dataclass
+class Examined:
+    """What one pickle asks for, once it is found acceptable.
+
+    `grants` are (object, name) pairs for `torch.serialization.safe_globals`; `storages` says how
+    many bytes each tensor storage claims; `edits` are the (start, position) pairs of persistent
+    ids that name a class, which `rewritten` turns into what torch can read.
+    """
+
+    grants: list[Callable[..., Any] | tuple[Any, str]] = field(default_factory=list)
+    storages: dict[str, int] = field(default_factory=dict)
+    leftovers: list[str] = field(default_factory=list)
+    edits: list[tuple[int, int]] = field(default_factory=list)
+
+    def rewritten(self, data: bytes) -> bytes:
+        """The bytes of a file with its class ids (from before torch 1.6) made plain."""
+        call = "c{}\n{}\n".format(*_CONTAINER.rsplit(".", 1)).encode()
+        pieces, done = [], 0
+        for position, new, skip in sorted(
+            [(start, call, 0) for start, _ in self.edits] + [(p, b"R", 1) for _, p in self.edits]
+        ):
+            pieces += [data[done:position], new]
+            done = position + skip
+        return b"".join([*pieces, data[done:]])
+
+
+def examine(stream: IO[bytes], allowed: AllowList) -> Examined:
+    """Follow one pickle without running it, and say what it asks for.
+
+    Raises Refusal for what may not be; ValueError, KeyError or IndexError for a broken pickle.
+    """
+    scan = _Scan(allowed)
+    for opcode, argument, position in pickletools.genops(stream):
+        scan.step(opcode.name, argument, position or 0)
+    return scan.finish()
+
+
+_CONSTANTS = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "BINFLOAT": 0.0,
+    "EMPTY_DICT": DICT,
+    "EMPTY_LIST": LIST,
+    "EMPTY_SET": UNKNOWN,
+}
+_LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"})
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CONSUMED = {"APPEND": 1, "SETITEM": 2}
+
+
+class _Scan:
+    """The pickle machine of `torch.load(weights_only=True)`, with placeholders for objects."""
+
+    def __init__(self, allowed: AllowList) -> None:
+        self.allowed = allowed
+        self.stack: list[Any] = []
+        self.marks: list[tuple[list[Any], int]] = []
+        self.memo: dict[int, Any] = {}
+        self.examined = Examined()
+        self.names: dict[str, set[str]] = {}
+        self.forbidden: list[str] = []
+        self.special: dict[str, Callable[[Any, int], None]] = {
+            "PROTO": self._proto,
+            "STOP": self._stop,
+            "GLOBAL": self._global,
+            "MARK": self._mark,
+            "REDUCE": self._reduce,
+            "NEWOBJ": self._newobj,
+            "BUILD": self._build,
+            "BINPERSID": self._persistent,
+        }
+
+    def step(self, name: str, argument: Any, position: int) -> None:
+        if name in _LITERALS:
+            self.stack.append(argument)
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in self.special:
+            self.special[name](argument, position)
+        else:
+            self._contain(name, position)
+
+    def finish(self) -> Examined:
+        """What was found, or the Refusal."""
+        unknown = {n: uses for n, uses in self.names.items() if self.allowed.grant(n) is None}
+        for name, uses in self.names.items():
+            grant = self.allowed.grant(name)
+            if grant is None:
+                continue
+            if grant.target is not None:
+                self.examined.grants.append((grant.target, name))
+            if isinstance(grant.target, type) and issubclass(grant.target, Leftover):
+                self.examined.leftovers.append(name)
+            if "mention" in uses and not grant.mention:
+                self.forbidden.append(f"it keeps {name} as a value")
+        if self.examined.edits:
+            self.examined.grants.append((container_class, _CONTAINER))
+        if unknown or self.forbidden:
+            raise Refusal(_refusal(unknown, self.forbidden))
+        return self.examined
+
+    def _contain(self, name: str, position: int) -> None:
+        """Tuples, and what goes into lists, dicts and objects."""
+        if name in _TUPLES:
+            count = _TUPLES[name]
+            self._push_tuple(self._pop(count), position)
+        elif name in _CONSUMED:
+            self._mention(self._pop(_CONSUMED[name]))
+            self._top()
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            items = self.stack
+            self.stack, start = self.marks.pop()
+            if name == "TUPLE":
+                self._push_tuple(items, start)
+            else:
+                self._mention(items)
+                self._top()
+        else:
+            raise Refusal(
+                f"its pickle has the instruction {name}, which torch.save's default protocol 2 "
+                "does not write. Save it again with torch.save(model, path)"
+            )
+
+    def _top(self) -> Any:
+        return self.stack[-1]
+
+    def _pop(self, count: int) -> list[Any]:
+        if count > len(self.stack):
+            raise IndexError("stack underflow")
+        items = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        return items
+
+    def _push_tuple(self, items: list[Any], start: int) -> None:
+        inner = [item for item in items if isinstance(item, Sequenced)]
+        weight = len(items) + 1 + sum(item.weight for item in inner)
+        depth = 1 + max((item.depth for item in inner), default=0)
+        if weight > _MAX_TUPLE_WEIGHT or depth > _MAX_TUPLE_DEPTH:
+            raise Refusal("its pickle nests tuples beyond any sensible size")
+        found = Sequenced(tuple(items), start, weight, depth)
+        if not found.names_a_class:
+            self._mention(items)
+        self.stack.append(found)
+
+    def _mention(self, values: Sequence[Any]) -> None:
+        """Globals that are kept as values; those in a tuple were seen when it was made."""
+        for value in values:
+            if isinstance(value, Global):
+                self._use(value, "mention")
+            elif isinstance(value, Sequenced) and value.names_a_class:
+                self._use(value.items[1], "mention")
+
+    def _use(self, found: Global, how: str) -> Grant | None:
+        self.names.setdefault(found.name, set()).add(how)
+        return self.allowed.grant(found.name)
+
+    def _proto(self, argument: Any, _: int) -> None:
+        if argument != 2:
+            raise Refusal(
+                f"it was written with pickle protocol {argument}. Save it again with the default: "
+                "torch.save(model, path)"
+            )
+
+    def _stop(self, _: Any, __: int) -> None:
+        self._mention(self._pop(1))
+
+    def _mark(self, _: Any, position: int) -> None:
+        self.marks.append((self.stack, position))
+        self.stack = []
+
+    def _global(self, argument: str, _: int) -> None:
+        module, name = argument.split(" ", 1)
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        found = Global(f"{module}.{name}")
+        self.names.setdefault(found.name, set())
+        self.stack.append(found)
+
+    def _reduce(self, _: Any, __: int) -> None:
+        function, arguments = self._pop(2)
+        self.stack.append(UNKNOWN)
+        if not isinstance(function, Global) or not isinstance(arguments, Sequenced):
+            self.forbidden.append("it calls something that it has computed")
+            return
+        grant = self._use(function, "call")
+        self._mention([arguments])
+        if grant is None:
+            return
+        if grant.call is None or not grant.call(arguments.items):
+            self.forbidden.append(f"it calls {function.name}")
+        if isinstance(grant.target, type) and issubclass(grant.target, Enum):
+            self.stack[-1] = SHARED
+
+    def _newobj(self, _: Any, __: int) -> None:
+        cls, arguments = self._pop(2)
+        self.stack.append(UNKNOWN)
+        if not isinstance(cls, Global) or not isinstance(arguments, Sequenced):
+            self.forbidden.append("it creates something that it has computed")
+            return
+        grant = self._use(cls, "create")
+        self._mention([arguments])
+        if grant is None:
+            return
+        if not grant.create or (arguments.items and not grant.with_arguments):
+            self.forbidden.append(f"it creates {cls.name} in a way that torch.save does not write")
+
+    def _build(self, _: Any, __: int) -> None:
+        state = self._pop(1)
+        self._mention(state)
+        if self._top() is SHARED:
+            self.forbidden.append("it changes a constant of a library")
+        if state[0] is UNKNOWN:
+            self.forbidden.append("it sets a state that it has computed")
+
+    def _persistent(self, _: Any, position: int) -> None:
+        (identity,) = self._pop(1)
+        items = identity.items if isinstance(identity, Sequenced) else ()
+        if isinstance(identity, Sequenced) and identity.names_a_class:
+            self.examined.edits.append((identity.start, position))
+            self.stack.append(items[1])
+            return
+        self.stack.append(UNKNOWN)
+        if len(items) < 5 or items[0] != "storage" or not isinstance(items[1], Global):
+            raise Refusal("it has a persistent id that is no tensor storage")
+        _, kind, key, _, count = items[:5]
+        if not isinstance(key, str) or not isinstance(count, int) or count < 0:
+            raise Refusal("it has a tensor storage without a valid size")
+        claimed = count * _item_size(kind.name)
+        self.examined.storages[key] = max(claimed, self.examined.storages.get(key, 0))
+
+
+def _item_size(storage: str) -> int:
+    dtype = getattr(getattr(torch, storage.rpartition(".")[2], None), "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 1
+
+
+def _refusal(unknown: dict[str, set[str]], forbidden: list[str]) -> str:
+    hostile = [n for n, uses in unknown.items() if not _can_be_allowed(n, uses)]
+    if hostile or forbidden:
+        asks = [f"it asks for {', '.join(sorted(hostile))}"] if hostile else []
+        return (
+            f"{'; '.join([*asks, *dict.fromkeys(forbidden)])}, which can run any code, and was not "
+            "run. If you made the file, save model.state_dict() instead and load it with --arch; "
+            "if not, do not use it"
+        )
+    names = sorted(unknown)
+    options = [n.replace("__main__.", "MODULE.") for n in names]
+    script = " (MODULE is the importable file that defines it)" if options != names else ""
+    return (
+        f"it holds objects of classes that bntools does not know: {', '.join(names)}. If you trust "
+        f"the file, add {' '.join(f'--allow {n}' for n in options)}{script}; "
+        f"in Python allow=({', '.join(repr(n) for n in options)},)"
+    )
+
+
+def _can_be_allowed(name: str, uses: set[str]) -> bool:
+    # Only names are offered for pasting into a shell; and what is only called is a function,
+    # unless it looks like a class.
+    looks_like_a_class = uses != {"call"} or name.rpartition(".")[2][:1].isupper()
+    return bool(DOTTED.fullmatch(name)) and looks_like_a_class and not is_standard(name)
