@@ -1,12 +1,13 @@
 """The arithmetic of a fold: an affine map after a linear layer goes into its weight and bias.
 
-Everything is computed in float64 and cast once, in blocks that stay in the processor's cache.
+Everything is computed in float64 and cast once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from bntools.affine import Affine
 __all__ = ["SMALLEST_NORMAL", "Absorbed", "OutputLayout", "absorb_after", "overflows"]
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-# the largest block that torch does not split over threads: it stays in a core's cache as well
+# elements at a time: a float64 block of this size stays in a core's cache
 _BLOCK = 1 << 15
 
 
@@ -54,7 +55,7 @@ def absorb_after(
     `scale * bias + shift`; bias stays None where it was None and the shift is zero.
     """
     weight = weight.detach()
-    scaled, flushed = _scale_blocks(weight, affine.scale.to(weight.device), layout)
+    scaled, flushed = _scaled(weight, affine.scale.to(weight.device), layout)
     if bias is None and not affine.shift.any():
         return Absorbed(scaled, None, flushed)
     like = weight if bias is None else bias
@@ -91,24 +92,36 @@ def _blocks(weight: Tensor, layout: OutputLayout) -> tuple[Tensor, bool]:
     return weight.reshape(layout.groups, -1, weight.shape[1], weight[0, 0].numel()), False
 
 
-def _scale_blocks(weight: Tensor, scale: Tensor, layout: OutputLayout) -> tuple[Tensor, int]:
+def _scaled(weight: Tensor, scale: Tensor, layout: OutputLayout) -> tuple[Tensor, int]:
     scaled = torch.empty_like(weight, memory_format=torch.contiguous_format)
     source, by_row = _blocks(weight, layout)
     target, _ = _blocks(scaled, layout)
     factors = scale.reshape(1, -1, 1, 1) if by_row else scale.reshape(layout.groups, 1, -1, 1)
-    flushed = 0
-    for group in range(source.shape[0]):
-        rows = source[group]
-        step = max(1, _BLOCK // max(1, rows[:1].numel()))
-        for start in range(0, rows.shape[0], step):
-            part = slice(start, start + step)
-            factor = factors[group, part] if by_row else factors[group]
-            block = target[group, part]
-            block.copy_(torch.mul(rows[part], factor))  # float32 times float64 is float64
-            flushed += _flush(block)
+    _multiply(source, factors, target)
+    flushed = _flush(scaled) if _may_be_subnormal(weight, scale) else 0
     if not weight.is_contiguous():
         scaled = torch.empty_like(weight).copy_(scaled)
     return scaled, flushed
+
+
+def _multiply(source: Tensor, factors: Tensor, target: Tensor) -> None:
+    """`target = source * factors` in float64, rounded once; the source is never copied whole."""
+    if source.dtype == torch.float32 and source.device.type == "cpu":
+        arrays = source.numpy(), factors.numpy()
+        np.multiply(*arrays, out=target.numpy(), dtype=np.float64, casting="same_kind")
+        return
+    for group in range(source.shape[0]):
+        step = max(1, _BLOCK // max(1, source[group, :1].numel()))
+        for start in range(0, source.shape[1], step):
+            part = slice(start, start + step)
+            factor = factors[group, part] if factors.shape[1] > 1 else factors[group]
+            target[group, part].copy_(source[group, part].to(torch.float64) * factor)
+
+
+def _may_be_subnormal(weight: Tensor, scale: Tensor) -> bool:
+    if not weight.numel():
+        return False
+    return not float(weight.abs().amin()) * float(scale.abs().amin()) >= 2 * SMALLEST_NORMAL
 
 
 def _flush(values: Tensor) -> int:
@@ -120,10 +133,9 @@ def _flush(values: Tensor) -> int:
         return 0
     below = SMALLEST_NORMAL * (1 - torch.finfo(values.dtype).eps)
     normal = torch.nn.functional.hardshrink(values, below)
-    if torch.equal(normal, values):
-        return 0
     count = int(values.count_nonzero() - normal.count_nonzero())
-    values.copy_(normal)
+    if count:
+        values.copy_(normal)
     return count
 
 

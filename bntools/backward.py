@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from torch import nn
+
 from bntools.absorb import OutputLayout, overflows
 from bntools.affine import Affine
 from bntools.dataflow.graph import Frame, Graph, Kind, Node, NormLayer
@@ -17,6 +19,7 @@ from bntools.dataflow.reach import (
     affines_at,
     describe,
     meets,
+    passes,
     reach,
     sources,
     weight_name,
@@ -63,11 +66,15 @@ class HostFold:
 
 @dataclass(frozen=True, eq=False)
 class NormFold:
-    """The fold of one norm layer into its hosts."""
+    """The fold of one norm layer into its hosts.
+
+    `turn` orders the folds of one plan: a host absorbs them from the lowest to the highest.
+    """
 
     layer: NormLayer
     hosts: tuple[HostFold, ...]
     via: str = ""
+    turn: int = 0
 
 
 Outcome = NormFold | Refused
@@ -179,13 +186,14 @@ class BackwardPlanner:
             for host in hosts:
                 via |= self._exclusive(host, site, sites)
         self._not_written_through(origins)
+        self._not_by_stride(origins)
         affines: dict[Node, Affine] = {}
         for site, hosts in origins.items():
             for node, affine in affines_at(site, hosts, self.folded).items():
                 if not affines.setdefault(node, affine).same_as(affine):
                     raise Refused(Reason.CHANNEL_MISMATCH, "its calls see the channels differently")
         detail = f"through {', '.join(sorted(via))}" if via else ""
-        return NormFold(layer, self._hosts(affines), detail)
+        return NormFold(layer, self._hosts(affines), detail, turn=len(self.folded))
 
     def _exclusive(self, host: Node, site: Node, sites: Sequence[Node]) -> set[str]:
         """Nobody but this norm may see what it sees of the host; returns the moves in between."""
@@ -201,7 +209,7 @@ class BackwardPlanner:
         """After the fold, two calls on one tensor, or one on an expanded one, give no copies."""
         calls = [host for hosts in origins.values() for host in hosts]
         for site in origins:
-            if len(set(calls)) == len(calls) and not _expanded(site):
+            if len(set(calls)) == len(calls) and not _expanded(site, self.folded):
                 continue
             ends = reach(site.outputs[0], self.folded).ends
             if any(end.value in end.node.writes for end in ends):
@@ -210,13 +218,23 @@ class BackwardPlanner:
                 )
                 raise Refused(Reason.WRITTEN_IN_PLACE, detail)
 
+    def _not_by_stride(self, origins: dict[Node, list[Node]]) -> None:
+        """After the fold, movement before the norm decides on the strides of what it gives."""
+        for site, hosts in origins.items():
+            if any(host.outputs[0] is site.inputs[0] for host in hosts):
+                continue
+            for end in reach(site.outputs[0], self.folded).ends:
+                if end.node.name == "as_strided":
+                    detail = "what it gives is read by stride, and would have other strides"
+                    raise Refused(Reason.WRITTEN_IN_PLACE, detail)
+
     def _hosts(self, affines: dict[Node, Affine]) -> tuple[HostFold, ...]:
         """The hosts behind the linear calls; every call of a host must be among them."""
         found: dict[str, HostFold] = {}
         for node, affine in affines.items():
             host = self._host(node, affine)
             known = found.setdefault(host.weight, host)
-            if not known.same_as(host):
+            if not known.same_as(host) or known.bias != host.bias:
                 detail = f"{host.path} is called more than once, and not alike"
                 raise Refused(Reason.HOST_SHARED, detail)
             for call in self._calls(host):
@@ -255,7 +273,7 @@ class BackwardPlanner:
             name = bias_beside(self.graph, weight)
             if not needed and name not in self.graph.parameters:
                 return None, False
-            if name in self.graph.absent:
+            if name in self.graph.absent and self._may_gain_bias(weight):
                 return name, True
             why = "ignores its bias" if name in self.graph.parameters else "has no bias"
             raise Refused(Reason.BIAS_NOT_USED, f"the recorded call of {path} {why}")
@@ -263,9 +281,15 @@ class BackwardPlanner:
         if bias is None:
             raise Refused(Reason.COMPUTED_WEIGHT, f"the bias of {path} is computed at run time")
         calls = weight_uses(self.graph, weight)
-        if bias in self.graph.tied or any(c not in calls for c in passed.consumers):
+        only = all(c in calls and c.inputs.count(passed) == 1 for c in passed.consumers)
+        if bias in self.graph.tied or not only:
             raise Refused(Reason.TIED_WEIGHT, f"the bias {bias} is used elsewhere as well")
         return bias, False
+
+    def _may_gain_bias(self, weight: str) -> bool:
+        """The parameter `weight` beside it says what dtype a new bias has."""
+        beside = bias_beside(self.graph, weight).removesuffix("bias") + "weight"
+        return isinstance(self.graph.tensors.get(beside), nn.Parameter)
 
     def _fits(self, host: HostFold) -> None:
         if host.registered:
@@ -279,9 +303,9 @@ class BackwardPlanner:
             raise Refused(Reason.NON_FINITE, f"the folded {host.weight} would overflow {dtype}")
 
 
-def _expanded(site: Node) -> bool:
+def _expanded(site: Node, folded: Set[Node]) -> bool:
     node = site.inputs[0].producer
-    while node is not None and node.kind is Kind.MOVE:
+    while node is not None and passes(node, folded):
         if node.name == "expand":
             return True
         node = node.inputs[0].producer

@@ -48,6 +48,13 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 stack.append((full, child, (*above, id(module))))
 
 
+def _made_tensors(module: nn.Module) -> Iterator[Tensor]:
+    for table in (module._parameters, module._buffers):
+        for tensor in table.values():
+            if tensor is not None and not is_lazy(tensor):
+                yield tensor
+
+
 def is_unmade(module: nn.Module) -> bool:
     """Whether a module has lazy parameters or buffers that no forward has made yet."""
     tables = (module._parameters, module._buffers)
@@ -110,14 +117,41 @@ def unwrap(model: nn.Module) -> nn.Module:
 def duplicate(model: nn.Module, replacing: Mapping[int, Any] | None = None) -> nn.Module:
     """A copy of a model; tensors whose `id` is in `replacing` are taken from there, not copied.
 
-    Models that `copy.deepcopy` cannot copy are copied module by module, and share the attributes
-    that cannot be copied (locks, open files, generators).
+    Models that `copy.deepcopy` cannot copy, or that give it something else by hooks of their own,
+    are copied module by module, and share the attributes that cannot be copied (locks, open files,
+    generators).
     """
     memo = {**_lazy_buffers(model), **(replacing or {})}
-    try:
-        return copy.deepcopy(model, dict(memo))
-    except Exception:  # noqa: BLE001 - a model may fail to be copied in any way
-        return _duplicate_by_module(model, memo)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            copied = copy.deepcopy(model, dict(memo))
+        except Exception:  # noqa: BLE001 - a model may fail to be copied in any way
+            return _duplicate_by_module(model, memo)
+    return copied if _is_true_copy(copied, model, memo) else _duplicate_by_module(model, memo)
+
+
+def _is_true_copy(copied: Any, model: nn.Module, memo: Mapping[int, Any]) -> bool:
+    """Whether a copy has the same paths, shares nothing, and holds the replacements."""
+    if not isinstance(copied, nn.Module):
+        return False
+    originals = dict(named_modules(model))
+    copies = dict(named_modules(copied))
+    if originals.keys() != copies.keys():
+        return False
+    for path, module in originals.items():
+        if copies[path] is module or type(copies[path]) is not type(module):
+            return False
+        for table in ("_parameters", "_buffers"):
+            mine, theirs = vars(module).get(table, {}), vars(copies[path]).get(table, {})
+            if mine.keys() != theirs.keys():
+                return False
+            for name, tensor in mine.items():
+                wanted = memo.get(id(tensor)) if tensor is not None else None
+                if (tensor is not None and theirs[name] is tensor is not wanted) or (
+                    wanted is not None and theirs[name] is not wanted
+                ):
+                    return False
+    return True
 
 
 def _lazy_buffers(model: nn.Module) -> dict[int, Tensor]:
@@ -162,10 +196,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     and NumPy's generators. The contents of tensors are not: who writes them restores them.
     """
     modules = {id(module): module for _, module in named_modules(model)}
-    storages = [(tensor, tensor.detach()) for *_, tensor in named_tensors(model)]
+    storages = [(t, t.detach()) for module in modules.values() for t in _made_tensors(module)]
     before = [(module, _snapshot(module)) for module in modules.values()]
     states = random.getstate(), _numpy_state()
-    devices = {t.device.index or 0 for *_, t in named_tensors(model) if t.device.type == "cuda"}
+    devices = {t.device.index or 0 for t, _ in storages if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield

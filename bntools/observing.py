@@ -140,13 +140,15 @@ def _missing_biases(graph: Graph) -> dict[str, Tensor]:
 @contextmanager
 def _with_biases(model: nn.Module, biases: dict[str, Tensor]) -> Iterator[None]:
     owners = [(get_module(model, name.rpartition(".")[0]), t) for name, t in biases.items()]
+    tables = [(owner._parameters, dict(owner._parameters)) for owner, _ in owners]
     for owner, tensor in owners:
         owner._parameters["bias"] = nn.Parameter(tensor, requires_grad=False)
     try:
         yield
     finally:
-        for owner, _ in owners:
-            owner._parameters["bias"] = None
+        for table, before in tables:
+            table.clear()
+            table.update(before)
 
 
 def _materialised(model: nn.Module, examples: Examples) -> nn.Module:

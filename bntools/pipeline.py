@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from bntools.dataflow.reach import Refused
-from bntools.memory import peak_memory
 from bntools.observing import observe
 from bntools.planning import (
     Compiled,
@@ -24,6 +23,7 @@ from bntools.planning import (
 )
 from bntools.proving import Proof, Prover
 from bntools.report import Check, Plan, Reason, Report, Result
+from bntools.resources import peak_memory
 from bntools.surgery.folding import Folded, fold_copy
 
 __all__ = ["fold"]

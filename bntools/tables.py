@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import StringIO
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ _LEAST = 28
 _GAP = 2
 _ALIKE = 5
 _SHORT = 10
+_TIE = "\xa0"
 _SENTENCES = ("outcome", "what", "verdict")
 
 Rows = Sequence[Sequence[str]]
@@ -48,7 +49,7 @@ def decisions(rows: Sequence[Decision]) -> str:
     head = ["norm layer", "kind", "outcome"]
     cells = [[_named(row.path), plain(row.kind), _outcome(row)] for row in rows]
     kinds = {row[1] for row in cells}
-    if len(kinds) > 1 or _fits(head, cells, wrapping=False):
+    if len(kinds) > 1 or len(rows) == 1 or _fits(head, cells, wrapping=False):
         return text(_table(head, cells), _tally(rows))
     table = _table([head[0], head[2]], [[row[0], row[2]] for row in cells])
     return text(table, text(_told({"kind": kinds.pop()}), _tally(rows)))
@@ -65,7 +66,7 @@ def layers(rows: Sequence[LayerHealth]) -> str:
     ]
     tally = _tally([row.decision for row in rows if row.decision is not None])
     health = [row[:-1] for row in cells]
-    if _fits(head, cells) or not _fits(head[:-1], health):
+    if not columns or _fits(head, cells) or not _fits(head[:-1], health):
         return text(_table(head, cells), text(_told(shared), tally))
     future = _table([head[0], head[-1]], [[row[0], row[-1]] for row in cells])
     return text(_grid(head[:-1], health), _told(shared), future, tally)
@@ -158,13 +159,19 @@ def _split(
 ) -> tuple[dict[str, str], dict[str, Callable[[LayerHealth], str]]]:
     """The facts that all rows share, which are told once, and those that take a column."""
     values = {name: {tell(row) for row in rows} for name, tell in facts.items()}
-    shared = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    shared = {name: found.pop() for name, found in values.items() if len(found) == 1 < len(rows)}
     return shared, {name: tell for name, tell in facts.items() if name not in shared}
 
 
 def _told(shared: dict[str, str]) -> str:
-    facts = [v if name == "kind" else f"{name} {v}" for name, v in shared.items() if v != "-"]
-    return f"all of them: {', '.join(facts)}" if facts else ""
+    facts = _facts(shared.items())
+    return _wrapped(f"all of them: {facts}") if facts else ""
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    """Names with their values, which a line break does not part."""
+    told = (v if name == "kind" else f"{name}{_TIE}{v}" for name, v in facts if v not in ("", "-"))
+    return ", ".join(told)
 
 
 def _tally(decided: Sequence[Decision]) -> str:
@@ -200,7 +207,7 @@ def _some(rows: Sequence[Finding]) -> str:
 
 
 def _width() -> int:
-    """The columns of the terminal, or what COLUMNS says."""
+    """What COLUMNS says, or the columns of the terminal."""
     asked = os.environ.get("COLUMNS", "")
     columns = int(asked) if asked.isdecimal() else 0
     if not columns and sys.stdout is not None and sys.stdout.isatty():
@@ -209,13 +216,14 @@ def _width() -> int:
 
 
 def _wrapped(value: str, indent: str = "") -> str:
-    return textwrap.fill(
+    filled = textwrap.fill(
         value,
         _width(),
         initial_indent=indent,
         subsequent_indent=indent,
         break_on_hyphens=False,
     )
+    return filled.replace(_TIE, " ")
 
 
 def _fits(head: Sequence[str], rows: Rows, *, wrapping: bool = True) -> bool:
@@ -245,8 +253,10 @@ def _grid(head: Sequence[str], rows: Rows) -> str:
     for row in rows:
         table.add_row(*map(Text, row))
     stream = StringIO()
-    # no colour, no terminal: the text may go to a file
-    console = Console(file=stream, width=_width(), color_system=None, force_terminal=False)
+    # Plain text wherever it is asked for, also in a notebook: it may go to a file.
+    console = Console(
+        file=stream, width=_width(), color_system=None, force_terminal=False, force_jupyter=False
+    )
     console.print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
@@ -254,13 +264,9 @@ def _grid(head: Sequence[str], rows: Rows) -> str:
 def _block(head: Sequence[str], row: Sequence[str], title: int) -> str:
     cells = list(zip(head, row, strict=True))[title:]
     sentence = " ".join(value for name, value in cells if name in _SENTENCES)
-    facts = [
-        value if name == "kind" else f"{name} {value}"
-        for name, value in cells
-        if name not in _SENTENCES and value not in ("", "-")
-    ]
+    facts = _facts((name, value) for name, value in cells if name not in _SENTENCES)
     first = "  ".join(row[:title])
     if not facts and len(first) + _GAP + len(sentence) <= _width():
         return f"{first}  {sentence}"
-    parts = [_wrapped(part, "    ") for part in (", ".join(facts), sentence) if part]
-    return "\n".join([first, *parts])
+    parts = [_wrapped(part, "    ") for part in (facts, sentence) if part]
+    return "\n".join([textwrap.fill(first, _width(), break_long_words=False), *parts])

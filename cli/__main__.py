@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from .main import program
+import sys
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the command line with the arguments of this process."""
+    try:
+        from .main import program
+    except KeyboardInterrupt:  # Ctrl-C before the commands are there to handle it
+        sys.exit(130)
     program(prog_name="bntools")
 
 

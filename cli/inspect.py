@@ -51,7 +51,8 @@ def inspect(job: Job, fail_on: str | None) -> None:
     job.show(answer, str(replace(inspection, warnings=())))
     bad = [finding for finding in inspection.findings if _reaches(finding.severity, fail_on)]
     if bad:
-        job.console.error(f"failed: {len(bad)} findings (--fail-on {fail_on})")
+        plural = "s" if len(bad) > 1 else ""
+        job.console.error(f"failed: {len(bad)} finding{plural} (--fail-on {fail_on})")
         click.get_current_context().exit(1)
 
 

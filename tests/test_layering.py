@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module or package of bntools may import those with a lower number.
 LAYERS = {
     "errors": 0,
-    "memory": 0,
+    "resources": 0,
     "tables": 0,
     "affine": 1,
     "report": 1,

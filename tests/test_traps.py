@@ -237,7 +237,7 @@ def test_argument_is_untouched_when_something_raises_at_any_operation(verb):
     with InterruptAt(0) as counter:
         getattr(bntools, verb)(model, inputs)
     assert counter.count > 20
-    for moment in range(1, counter.count + 1, max(1, counter.count // 40)):
+    for moment in range(1, counter.count + 1, max(1, counter.count // 16)):
         with (
             pytest.raises(Interruption, match="stop"),
             InterruptAt(moment),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,11 @@ __all__ = ["Guard", "storage_key", "unwritten"]
 class Guard:
     """Copies a parameter or buffer before its first write, and gives it its contents back."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._held: dict[int, list[Tensor]] = {}
         self._originals: dict[int, tuple[Tensor, Tensor]] = {}
-        for *_, tensor in named_tensors(model):
+        """The same memory seen as it was, as a forward may transpose or resize the tensor."""
+        for tensor in tensors:
             key = storage_key(tensor)
             if key is not None:
                 self._held.setdefault(key, []).append(tensor)
@@ -33,7 +34,8 @@ class Guard:
             key = storage_key(tensor)
             for held in self._held.get(key, ()) if key is not None else ():
                 if id(held) not in self._originals:
-                    self._originals[id(held)] = (held, held.detach().clone())
+                    same = held.detach()
+                    self._originals[id(held)] = (same, same.clone())
 
     def restore(self) -> None:
         """Undo the writes."""
@@ -45,7 +47,7 @@ class Guard:
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
     """Whatever operations write to parameters and buffers inside is undone at the end."""
-    guard = Guard(model)
+    guard = Guard(tensor for *_, tensor in named_tensors(model))
     try:
         with _Writes(guard):
             yield
@@ -71,8 +73,13 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """What identifies a tensor's memory while it lives; None for tensors without a storage."""
+    """What identifies a tensor's memory while it lives; None for tensors without a storage.
+
+    That is its address, as dlpack and NumPy put another storage object on the same memory.
+    """
     try:
-        return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - the identity of a storage has no public name
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - a recorder is not to see this
+            storage = tensor.untyped_storage()
+            return storage.data_ptr() or int(storage._cdata)  # noqa: SLF001 - empty: no address
     except (NotImplementedError, RuntimeError):  # sparse tensors
         return None

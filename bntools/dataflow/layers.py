@@ -107,6 +107,8 @@ def _refusal(module: nn.Module) -> tuple[Reason, str] | None:
             return Reason.TRAINING_MODE, (
                 "it stays in training mode and normalises with batch statistics; call eval() on it"
             )
+    if type(module).__call__ is not nn.Module.__call__:
+        return Reason.MORE_THAN_NORM, "its class overrides __call__, which would be lost with it"
     if not is_unmade(module) and any(getattr(module, hooks, None) for hooks in _HOOKS):
         return Reason.HOOKS, "it has hooks, which would be lost with it; remove them first"
     return None

@@ -20,6 +20,7 @@ __all__ = [
     "affines_at",
     "describe",
     "meets",
+    "passes",
     "reach",
     "sources",
     "weight_name",
@@ -162,7 +163,7 @@ class Labels:
                 continue
             node = item.producer
             if node is None or not passes(node, self._folded):
-                self._known[item] = torch.full((1,), -1.0).expand(item.shape)
+                self._known[item] = torch.tensor(-1.0).expand(item.shape)
                 continue
             missing = [v for v in data_inputs(node) if v not in self._known]
             if missing:
@@ -189,6 +190,8 @@ def affines_at(site: Node, hosts: Sequence[Node], folded: Set[Node]) -> dict[Nod
         raise Refused(Reason.CHANNEL_MISMATCH, "its input has no such channel axis")
     if len(hosts) == 1 and hosts[0].outputs[0] is value and hosts[0].linear.channel_dim == dim:
         return {hosts[0]: affine}
+    if not all(0 not in host.outputs[0].shape for host in hosts) or 0 in value.shape:
+        raise Refused(Reason.CHANNEL_MISMATCH, "it saw no elements that show its channels")
     labels = Labels(hosts, folded)
     target = _norm_channels(labels.of(value), dim, labels)
     return {
@@ -223,7 +226,7 @@ def _by_host(affine: Affine, target: Tensor) -> Affine:
 
 def meets(end: End, host: Node, sites: Sequence[Node], folded: Set[Node]) -> bool:
     """Whether another user of a host's output sees a channel that the norm sees as well."""
-    if not end.partial:
+    if not end.partial or 0 in end.value.shape:
         return True
     labels = Labels([host], folded)
     others = labels.of(end.value).flatten()
@@ -232,6 +235,10 @@ def meets(end: End, host: Node, sites: Sequence[Node], folded: Set[Node]) -> boo
         if bool(torch.isin(mine[mine >= 0], others).any()):
             return True
     return False
+
+
+def _is_only_the_weight(node: Node, value: Value) -> bool:
+    return _weight_as_seen(node) is value and node.inputs.count(value) == 1
 
 
 def _weight_as_seen(node: Node) -> Value | None:
@@ -269,7 +276,7 @@ def weight_uses(graph: Graph, name: str) -> list[Node]:
     while stack:
         value = stack.pop()
         for node in value.consumers:
-            if node.kind is Kind.LINEAR and _weight_as_seen(node) is value:
+            if node.kind is Kind.LINEAR and _is_only_the_weight(node, value):
                 calls.append(node)
             elif node.kind is Kind.MOVE and node.name in _WEIGHT_MOVES:
                 stack.extend(node.outputs)

@@ -23,6 +23,7 @@ from bntools.dataflow.guard import Guard
 from bntools.dataflow.operations import operation
 from bntools.dataflow.tape import Tape, tensors_in
 from bntools.modules import preserved
+from bntools.resources import one_thread
 
 __all__ = ["record"]
 
@@ -34,6 +35,10 @@ _LEAVING = {
     torch.Tensor.tolist: "tolist()",
     torch.Tensor.__array__: "numpy()",
     torch.Tensor.__dlpack__: "dlpack",
+    torch.Tensor.__reduce_ex__: "pickle",
+    torch.Tensor.untyped_storage: "untyped_storage()",
+    torch.Tensor.storage: "storage()",
+    torch.Tensor.data_ptr: "data_ptr()",
 }
 
 
@@ -46,11 +51,13 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None 
     with preserved(model):
         if model.training:
             model.eval()
-        tape, guard = Tape(model), Guard(model)
+        tape = Tape(model)
+        guard = Guard(tape.owners.tensors.values())
+        small = sum(tensor.numel() for tensor in tensors_in((args, kwargs))) < _SMALL
         with (
             torch.no_grad(),
             _compiled_code_runs_eagerly(),
-            _few_threads(args),
+            one_thread() if small else nullcontext(),
             _watched(tape, guard),
         ):
             for value in tensors_in((args, kwargs)):
@@ -70,18 +77,6 @@ def _compiled_code_runs_eagerly() -> Iterator[None]:
     )
     with stance:
         yield
-
-
-@contextmanager
-def _few_threads(args: Any) -> Iterator[None]:
-    """On a small input threads cost more than they bring: they spin while the recorder works."""
-    before = torch.get_num_threads()
-    small = sum(tensor.numel() for tensor in tensors_in(args)) < _SMALL
-    torch.set_num_threads(1 if small else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -127,15 +122,21 @@ class _Functions(TorchFunctionMode):
         leaving = _LEAVING.get(func)
         if leaving is not None:
             self.tape.use(leaving, [args[0]])
-        if func is not nn.functional.linear:
+        if func is not nn.functional.linear or types or _wrapped((args, kwargs)):
             out = func(*args, **kwargs)
-            if func is _SET_DATA:
-                self.tape.overwrite(args[0])
+            if func == _SET_DATA:  # a new object on every look-up
+                self.tape.overwrite(args[0], args[1])
             return out
         start = self.tape.position
         out = func(*args, **kwargs)
         self.tape.linear_function(start, args, kwargs, out)
         return out
+
+
+def _wrapped(arguments: Any) -> bool:
+    """Whether vmap, grad or jvp stands between these tensors and what operations will see."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001 - no public name
+    return any(wrapped(tensor) for tensor in tensors_in(arguments))
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

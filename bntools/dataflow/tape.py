@@ -108,11 +108,12 @@ class Tape:
         """Say that something outside of the graph sees these tensors."""
         self._add(Kind.OUTPUT, name, [self.value(tensor) for tensor in tensors])
 
-    def overwrite(self, tensor: Tensor) -> None:
+    def overwrite(self, tensor: Tensor, data: Tensor) -> None:
         """Note that a tensor was given other memory (`.data = ...`)."""
         old, new = self.value(tensor), Value(tuple(tensor.shape))
-        self._add(Kind.OPAQUE, "a replaced .data", [old], new)
+        self._add(Kind.OPAQUE, "a replaced .data", [old, self.value(data)], new)
         self._versions.bind(tensor, new)
+        self._versions.moved(tensor)
 
     # operations
 
@@ -220,6 +221,8 @@ class Tape:
             outputs = [self.value(tensor) for tensor in tensors_in(out)]
             if len(inputs) == len(outputs) == 1 and self._closed(start, inputs[0]):
                 self._as_one(module, path, start, inputs[0], outputs[0])
+            if not isinstance(out, Tensor) or not _only_tensors(args, kwargs):
+                inputs = outputs = []  # an Identity would give something else
             frame = Frame(path, tuple(inputs), tuple(outputs), start, self.position)
             self._frames.setdefault(path, []).append(frame)
         if module._forward_hooks:
@@ -228,6 +231,8 @@ class Tape:
 
     def _as_one(self, module: nn.Module, path: str, start: int, data: Value, out: Value) -> None:
         """Make a registered layer one node, where no operation inside says what it does."""
+        if "forward" in module.__dict__:
+            return  # it is not what its class was registered as
         inside = self._nodes[start:]
         norm, host = norm_rule(module), host_rule(module)
         if host is not None:
@@ -255,6 +260,10 @@ class Tape:
                 return False
             known.update(node.outputs)
         return True
+
+
+def _only_tensors(args: Any, kwargs: Any) -> bool:
+    return all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
 
 
 def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:

@@ -42,11 +42,14 @@ class Versions:
         if entry is not None and entry[0].ref() is tensor:
             self._values[id(tensor)] = (entry[0], value)
             return
-        reference = TensorWeakRef(tensor)
-        self._values[id(tensor)] = (reference, value)
+        self._values[id(tensor)] = (TensorWeakRef(tensor), value)
+        self.moved(tensor)
+
+    def moved(self, tensor: Tensor) -> None:
+        """Note on which memory a known tensor lies now."""
         key = storage_key(tensor)
         if key is not None:
-            self._aliases.setdefault(key, []).append(reference)
+            self._aliases.setdefault(key, []).append(self._values[id(tensor)][0])
 
     def aliases(self, tensor: Tensor) -> list[Tensor]:
         """The other live tensors on the same storage."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from bntools.absorb import absorb_after
 from bntools.backward import HostFold, NormFold
 from bntools.errors import PlanError, SurgeryError
-from bntools.modules import duplicate, get_module
+from bntools.modules import duplicate, get_module, named_tensors
 from bntools.recipe import Edit, Recipe, apply_edits, set_tensors
 from bntools.registry import host_rule
 from bntools.report import Reason
+from bntools.resources import one_thread
 
 __all__ = ["Folded", "fold_copy", "fold_in_place"]
 
@@ -68,7 +69,7 @@ def _recipe(folds: Iterable[NormFold]) -> Recipe:
 def _absorbed(model: nn.Module, folds: Iterable[NormFold]) -> tuple[dict[str, Tensor], int]:
     """The new tensors by name: each host's affines composed, absorbed in float64, cast once."""
     hosts: dict[str, HostFold] = {}
-    for fold in folds:
+    for fold in sorted(folds, key=lambda each: each.turn):
         for host in fold.hosts:
             known = hosts.get(host.weight)
             affine = known.affine.then(host.affine) if known else host.affine
@@ -90,7 +91,7 @@ def _absorb(model: nn.Module, host: HostFold) -> tuple[dict[str, Tensor], int]:
     if weight is None or host.layout.channels(weight) != host.affine.channels:
         raise PlanError(f"Cannot fold into {host.path}: the plan is of another model.")
     bias = _tensor(model, host.bias) if host.bias is not None else None
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         new = absorb_after(weight, bias, host.affine, host.layout)
     tensors = {host.weight: new.weight}
     if new.bias is not None and host.bias is not None:
@@ -129,7 +130,9 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _vanishing(model: nn.Module, folds: Iterable[NormFold]) -> Iterable[Tensor]:
-    for fold in folds:
-        module = get_module(model, fold.layer.path)
-        for table in (module._parameters, module._buffers):
-            yield from (tensor for tensor in table.values() if tensor is not None)
+    """The tensors of the norms that go; those that others hold as well are copied like any."""
+    gone = {id(get_module(model, fold.layer.path)) for fold in folds}
+    others = {id(t) for _, owner, _, t in named_tensors(model) if id(owner) not in gone}
+    for _, owner, _, tensor in named_tensors(model):
+        if id(owner) in gone and id(tensor) not in others:
+            yield tensor

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak."""
+"""Memory and threads: what a piece of work takes at its peak, and how many cores it keeps busy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Peak", "peak_memory"]
+import torch
+
+__all__ = ["Peak", "one_thread", "peak_memory"]
 
 _STATM = Path("/proc/self/statm")
 _PERIOD = 0.005
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work on one core: on small operations threads cost more than they bring, they spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
