@@ -160,7 +160,7 @@ class BackwardPlanner:
             if not self._only_norms(layer, node, frame):
                 return Refused(Reason.MORE_THAN_NORM, f"its forward does more than norm: {_CURE}")
             for value in node.inputs[1:]:
-                others = [c for c in value.consumers if c not in sites]
+                others = [c for c in value.consumers if c.kind is not Kind.AFFINE]
                 if others:
                     detail = f"{describe(others[0])} reads its parameters or statistics as well"
                     return Refused(Reason.SHARED_STATISTICS, detail)

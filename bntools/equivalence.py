@@ -117,6 +117,7 @@ def compare(
     truth: Truth, outputs: Mapping[str, Tensor], *, inputs: str = "", allowed: float | None = None
 ) -> Equivalence:
     """Judge outputs against the truth; `allowed` is a limit in place of the one that follows."""
+    absolute = allowed is not None or not truth.is_float64
     if allowed is None and not truth.is_float64:
         allowed = BLIND_FACTOR * torch.finfo(truth.coarsest).eps
     names = dict.fromkeys((*truth.exact, *outputs))
@@ -141,6 +142,7 @@ def compare(
         eps_factor=EPS_FACTOR if truth.is_float64 else BLIND_FACTOR,
         inputs=inputs,
         notes=notes,
+        absolute=absolute,
     )
 
 

@@ -28,6 +28,7 @@ from bntools.checkpoints import build_with_weights, find_weights, some
 from bntools.errors import LoadError
 from bntools.imports import one_line, quiet
 from bntools.pickles import Examined, examine
+from bntools.recipe import Recipe, mark
 from bntools.trust import AllowList, Leftover, Refusal
 
 __all__ = ["FORMATS", "Format", "Loaded", "load", "read", "read_model"]
@@ -264,6 +265,8 @@ def _own(content: Mapping[str, Any], probe: Probe, request: Request) -> Loaded:
             f"bntools {content.get('bntools_version')} wrote it in a way that this version does "
             "not read. Upgrade bntools"
         )
+    if recipe is not None:
+        mark(model, Recipe.from_dict(recipe))
     return Loaded(model, _whole(model, probe, request).notes, recipe)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "duplicate",
     "get_module",
     "is_unmade",
+    "loose_tensors",
     "named_modules",
     "named_tensors",
     "preserved",
@@ -27,8 +28,8 @@ __all__ = [
     "unwrap",
 ]
 
-_Snapshot = tuple[dict[str, Any], list[Any], list[Any]]
-_CONTAINERS = (list, dict, set, OrderedDict)
+_Snapshot = tuple[dict[str, Any], list[Any], list[Any], list[tuple[Any, str, Any]]]
+_CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, Counter, deque})
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -59,6 +60,20 @@ def is_unmade(module: nn.Module) -> bool:
     """Whether a module has lazy parameters or buffers that no forward has made yet."""
     tables = (module._parameters, module._buffers)
     return any(t is not None and is_lazy(t) for table in tables for t in table.values())
+
+
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that modules keep without registering them, in lists and dicts as well."""
+    for module in {id(module): module for _, module in named_modules(model)}.values():
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor):
+                yield value
+            elif name in ("_parameters", "_buffers"):
+                continue
+            elif isinstance(value, dict):
+                yield from (item for item in value.values() if isinstance(item, Tensor))
+            elif isinstance(value, (list, tuple)):
+                yield from (item for item in value if isinstance(item, Tensor))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -192,36 +207,87 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Whatever a forward or a mode change does to modules and RNG is undone at the end.
 
     Restored are each module's attributes (also training flags, registered tensors and submodules,
-    lists, dicts and sets one level deep; `.data` that was set), and the state of torch's, Python's
-    and NumPy's generators. The contents of tensors are not: who writes them restores them.
+    lists, dicts, sets and generators in them; `.data`, `.grad` and grad flags), and the state of
+    torch's, Python's and NumPy's generators. The contents of tensors are not: who writes them
+    restores them.
     """
     modules = {id(module): module for _, module in named_modules(model)}
-    storages = [(t, t.detach()) for module in modules.values() for t in _made_tensors(module)]
+    storages = [_held(t) for module in modules.values() for t in _made_tensors(module)]
     before = [(module, _snapshot(module)) for module in modules.values()]
     states = random.getstate(), _numpy_state()
-    devices = {t.device.index or 0 for t, _ in storages if t.device.type == "cuda"}
+    devices = {t.device.index or 0 for t, *_ in storages if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield
         finally:
             for module, state in before:
                 _restore(module, state)
-            for tensor, same in storages:
-                if tensor.data_ptr() != same.data_ptr():
-                    tensor.data = same
+            for held in storages:
+                _give_back(*held)
             random.setstate(states[0])
             _set_numpy_state(states[1])
 
 
+def _held(tensor: Tensor) -> tuple[Tensor, Tensor, bool, Tensor | None]:
+    return tensor, tensor.detach(), tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+
+
+def _give_back(tensor: Tensor, same: Tensor, grad_flag: bool, grad: Tensor | None) -> None:  # noqa: FBT001
+    """Undo what changed a tensor without changing its contents."""
+    if tensor.data_ptr() != same.data_ptr() or not _laid_out_alike(tensor, same):
+        tensor.data = same
+    if tensor.is_leaf:
+        if tensor.requires_grad is not grad_flag:
+            tensor.requires_grad_(grad_flag)
+        if tensor.grad is not grad:
+            tensor.grad = grad
+
+
+def _laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return a.layout is not torch.strided or a.stride() == b.stride()
+
+
 def _snapshot(module: nn.Module) -> _Snapshot:
     attributes = dict(module.__dict__)
-    containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
+    containers: list[Any] = []
+    generators: list[tuple[Any, str, Any]] = []
+    pending = list(attributes.values())
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        if type(value) in _CONTAINERS and id(value) not in seen:
+            seen.add(id(value))
+            containers.append(value)
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        elif type(value).__name__ in _GENERATORS:
+            generators.extend(_state_of(value))
     # most of them are empty hook tables: a copy of each would set off the garbage collector
-    return attributes, containers, [value.copy() if value else () for value in containers]
+    contents = [value.copy() if value else () for value in containers]
+    return attributes, containers, contents, generators
+
+
+_GENERATORS = {"Generator", "Random", "RandomState", "MT19937", "PCG64"}
+
+
+def _state_of(generator: Any) -> Iterator[tuple[Any, str, Any]]:
+    """(object, setter, state) of a random generator that a module keeps."""
+    if isinstance(generator, torch.Generator):
+        yield generator, "set_state", generator.get_state()
+    elif isinstance(generator, random.Random):
+        yield generator, "setstate", generator.getstate()
+    elif hasattr(generator, "bit_generator"):
+        yield generator.bit_generator, "state", generator.bit_generator.state
 
 
 def _restore(module: nn.Module, state: _Snapshot) -> None:
-    before, containers, contents = state
+    before, containers, contents, generators = state
+    for generator, setter, value in generators:
+        if setter == "state":
+            generator.state = value
+        else:
+            getattr(generator, setter)(value)
     now = module.__dict__
     if len(now) != len(before) or any(now.get(k, now) is not v for k, v in before.items()):
         now.clear()
@@ -229,7 +295,7 @@ def _restore(module: nn.Module, state: _Snapshot) -> None:
     for value, content in zip(containers, contents, strict=True):
         if (value or content) and not _same_items(value, content):
             value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            (value.extend if isinstance(value, (list, deque)) else value.update)(content)
 
 
 def _same_items(value: Any, content: Any) -> bool:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bntools.backward import bias_beside
 from bntools.dataflow.graph import Graph, Kind
+from bntools.dataflow.guard import unwritten
 from bntools.dataflow.recorder import record
-from bntools.errors import InputError
+from bntools.errors import BNToolsError, InputError
 from bntools.examples import Examples, candidates, given
-from bntools.modules import duplicate, get_module, is_unmade, named_modules, unwrap
+from bntools.modules import duplicate, get_module, is_unmade, named_modules, preserved, unwrap
 
 __all__ = ["Observation", "observe", "observe_again"]
 
@@ -77,9 +78,23 @@ def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Exa
         try:
             ready = _materialised(model, examples)
             return ready, _recorded(ready, examples), examples
-        except Exception as error:  # noqa: BLE001, PERF203 - models raise anything; the first is told
+        except Exception as error:  # noqa: PERF203 - models raise anything; the first is told
+            if not isinstance(error, BNToolsError) and _runs(model, examples):
+                raise  # the recorder's fault, not the model's
             failure = failure or (examples, error)
     raise InputError(_does_not_run(example_inputs, failure)) from (failure[1] if failure else None)
+
+
+def _runs(model: nn.Module, examples: Examples) -> bool:
+    try:
+        with preserved(model), unwritten(model), torch.no_grad():
+            if model.training:
+                model.eval()
+            fed = examples.copied()
+            model(*fed.args, **fed.kwargs)
+    except Exception:  # noqa: BLE001 - models raise anything
+        return False
+    return True
 
 
 def _does_not_run(example_inputs: Any, failure: tuple[Examples, Exception] | None) -> str:

@@ -12,16 +12,17 @@ from typing import Any
 from torch import nn
 
 from bntools.dataflow.reach import Refused
-from bntools.observing import observe
+from bntools.modules import duplicate, unwrap
 from bntools.planning import (
     Compiled,
     Patterns,
     compiled_for,
     compiled_of,
-    plan_observed,
+    plan_fold,
     replan,
 )
 from bntools.proving import Proof, Prover
+from bntools.recipe import mark, recipe_of
 from bntools.report import Check, Plan, Reason, Report, Result
 from bntools.resources import peak_memory
 from bntools.surgery.folding import Folded, fold_copy
@@ -63,16 +64,20 @@ def fold(
     seconds: dict[str, float] = {}
     with _timed(seconds, "plan"):
         if plan is None:
-            plan = plan_observed(observe(model, example_inputs), only=only, skip=skip)
-        compiled = compiled_for(plan, model)
+            plan = plan_fold(model, example_inputs, only=only, skip=skip)
+    if not plan.decisions:
+        return Result(duplicate(unwrap(model)), _report(plan, None, 0, seconds), recipe_of(model))
+    compiled = compiled_for(plan, model)
     with _timed(seconds, "fold"):
         folded = fold_copy(compiled.seen.model, compiled.folds)
     check = None
     if plan.folds:
         with _timed(seconds, "check"):
             plan, folded, check = _proven(plan, compiled, folded, seed)
-    report = _report(plan, check, folded.flushed, seconds)
-    return Result(folded.model, report, folded.recipe)
+    recipe = recipe_of(compiled.seen.model).then(folded.recipe)
+    if recipe.edits:
+        mark(folded.model, recipe)
+    return Result(folded.model, _report(plan, check, folded.flushed, seconds), recipe)
 
 
 def _report(plan: Plan, check: Check | None, flushed: int, seconds: dict[str, float]) -> Report:
@@ -98,12 +103,12 @@ def _proven(
     with peak_memory() as peak:
         prover = Prover(seen.model, examples, [d.path for d in plan.folds])
         proof = _attempt(prover, compiled, folded)
-        while not proof:
-            if len(refused) == _MOST_CULPRITS:
-                refused.update({d.path: _UNPROVEN for d in plan.folds})
-            else:
-                fold_, why = prover.culprit(compiled.folds)
-                refused[fold_.layer.path] = Refused(Reason.CHECK_FAILED, f"undone: {why}")
+        while not proof and compiled.folds:
+            blamed = prover.blame(compiled.folds)
+            if len(refused) >= _MOST_CULPRITS:
+                blamed = {d.path: "too many folds fail their check" for d in plan.folds}
+            for path, why in blamed.items():
+                refused[path] = Refused(Reason.CHECK_FAILED, f"undone: {why}")
             plan = replan(plan, refused)
             compiled = compiled_of(plan)
             folded = fold_copy(seen.model, compiled.folds)
@@ -121,9 +126,6 @@ def _attempt(prover: Prover, compiled: Compiled, folded: Folded) -> Proof:
         if not compiled.folds:
             raise
         return Proof(prover.nothing(), None)
-
-
-_UNPROVEN = Refused(Reason.CHECK_FAILED, "undone: too many folds of this model fail their check")
 
 
 @contextmanager

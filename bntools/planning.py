@@ -11,6 +11,7 @@ from torch import nn
 
 from bntools.backward import BackwardPlanner, NormFold, Outcome
 from bntools.dataflow.graph import Graph, NormLayer
+from bntools.dataflow.layers import norm_layers
 from bntools.dataflow.reach import Refused
 from bntools.errors import PlanError
 from bntools.modules import named_tensors, unwrap
@@ -49,6 +50,8 @@ def plan_fold(
         >>> [(d.path, d.action.value, d.hosts) for d in plan.decisions]
         [('1', 'fold', ('0',))]
     """
+    if not norm_layers(unwrap(model)):
+        return Plan(())
     return plan_observed(observe(model, example_inputs), only=only, skip=skip)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bntools.backward import NormFold
+from bntools.dataflow.guard import untouched
 from bntools.equivalence import Outputs, Truth, compare, find_truth, in_float64, run
 from bntools.errors import InputError
 from bntools.examples import Examples
@@ -60,25 +61,33 @@ class Prover:
         float64 = None
         if self.truth.is_float64:
             float64 = self._in_float64(folds)
-        outputs = run(folded.model, self.examples, watch=self.watch)
+        with untouched(self.model) as shared:
+            outputs = run(folded.model, self.examples, watch=self.watch)
+        if shared:
+            return Proof(self.nothing(f"the copy still uses the original's {shared[0]}"), float64)
         return Proof(compare(self.truth, self._kept(outputs), inputs=str(self.examples)), float64)
 
-    def culprit(self, folds: Sequence[NormFold]) -> tuple[NormFold, str]:
-        """The first fold that makes the check fail, by bisection, and how far it is off.
+    def blame(self, folds: Sequence[NormFold]) -> dict[str, str]:
+        """Which layers' folds to undo, and why, when the check of all of them fails.
 
-        Called when the check of all folds fails; with none of them it passes.
+        The first fold that makes it fail, found by bisection; all of them, where it fails without
+        any (the copy is no copy).
         """
+        without = self._failure(())
+        if without:
+            return {fold.layer.path: without for fold in folds}
         good, bad = 0, len(folds)
         while bad - good > 1:
             middle = (good + bad) // 2
             failure = self._failure(folds[:middle])
             good, bad = (good, middle) if failure else (middle, bad)
         why = self._failure(folds[:bad]) or "it fails together with others only"
-        return folds[bad - 1], why
+        return {folds[bad - 1].layer.path: why}
 
-    def nothing(self) -> Equivalence:
-        """The judgement of a folded model that raises: no output is there."""
-        return compare(self.truth, {}, inputs=str(self.examples))
+    def nothing(self, why: str = "no output") -> Equivalence:
+        """The judgement of a folded model that gives no output of its own."""
+        missing = compare(self.truth, {}, inputs=str(self.examples))
+        return replace(missing, outputs=tuple(replace(o, note=why) for o in missing.outputs))
 
     def _failure(self, folds: Sequence[NormFold]) -> str:
         try:

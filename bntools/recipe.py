@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntools.errors import SurgeryError
+from bntools.errors import LoadError, SurgeryError
 from bntools.modules import get_module, replace_modules
 from bntools.registry import norm_rule
 
-__all__ = ["RECIPE_VERSION", "Edit", "Recipe", "apply_edits", "set_tensors"]
+__all__ = ["RECIPE_VERSION", "Edit", "Recipe", "apply_edits", "mark", "recipe_of", "set_tensors"]
 
 RECIPE_VERSION = 1
+_KEY = "bntools_recipe"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,32 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data."""
         return {"version": RECIPE_VERSION, "edits": [edit.to_dict() for edit in self.edits]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Read JSON data; raises `LoadError` for data of another version or shape."""
+        if not isinstance(data, dict) or data.get("version") != RECIPE_VERSION:
+            raise LoadError("Cannot read a recipe of another version. Upgrade bntools.")
+        try:
+            edits = [Edit(str(e["edit"]), str(e["path"]), e.get("channels")) for e in data["edits"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise LoadError(f"Cannot read a damaged recipe: {error!r}.") from error
+        return cls(tuple(edits))
+
+    def then(self, after: Recipe) -> Recipe:
+        """This recipe followed by another one."""
+        return Recipe((*self.edits, *after.edits))
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe of the surgeries that a model has been through; empty for an original model."""
+    data = model.__dict__.get(_KEY)
+    return Recipe() if data is None else Recipe.from_dict(data)
+
+
+def mark(model: nn.Module, recipe: Recipe) -> None:
+    """Note on a model, which is ours, the recipe that made it, so that recipes chain."""
+    model.__dict__[_KEY] = recipe.to_dict()
 
 
 def apply_edits(model: nn.Module, recipe: Recipe) -> nn.Module:

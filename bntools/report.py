@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+NOTHING = "the model has no norm layer to fold"
 
 
 class Action(str, Enum):
@@ -73,7 +75,7 @@ class Severity(str, Enum):
 
 
 def as_json(value: Any) -> Any:
-    """Turn report data into what `json.dumps` takes: enums by value, dataclasses by field."""
+    """Turn report data into JSON data: enums by value, dataclasses by field, no NaN or infinity."""
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
@@ -82,6 +84,8 @@ def as_json(value: Any) -> Any:
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 
@@ -127,15 +131,18 @@ class Plan:
         """The decisions that keep."""
         return tuple(d for d in self.decisions if d.action is Action.KEEP)
 
+    def summary(self) -> str:
+        """The last line that the command line prints."""
+        if not self.decisions:
+            return NOTHING
+        return f"{len(self.folds)} of {len(self.decisions)} norm layers would fold"
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
-        return {"schema": SCHEMA_VERSION, **as_json(self)}
+        return {"schema": SCHEMA_VERSION, "summary": self.summary(), **as_json(self)}
 
     def __str__(self) -> str:
-        return tables.text(
-            tables.decisions(self.decisions),
-            f"{len(self.folds)} of {len(self.decisions)} would fold",
-        )
+        return tables.text(tables.decisions(self.decisions), *self.warnings, self.summary())
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,8 @@ class Equivalence:
     """The judgement of `verify`: falsy where the candidate differs from the reference.
 
     `truth` is "float64", or the dtype of the reference where it cannot run in float64;
-    `factor` and `eps_factor` are k and c in `limit = max(k * reference error, c * eps)`.
+    `factor` and `eps_factor` are k and c in `limit = max(k * reference error, c * eps)`, unless
+    the limit is `absolute`.
     """
 
     outputs: tuple[OutputError, ...]
@@ -178,6 +186,7 @@ class Equivalence:
     eps_factor: float
     inputs: str = ""
     notes: tuple[str, ...] = ()
+    absolute: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.outputs) and all(output.passed for output in self.outputs)
@@ -198,12 +207,12 @@ class Equivalence:
             return "no output to compare: not equivalent"
         if worst.note and not worst.passed:
             return f"{worst.name}: {worst.note}"
-        if worst.error and worst.limit <= self.factor * worst.reference_error:
-            return (
-                f"worst error {worst.ratio:.2g}x that of the original {self.dtype} model"
-                f" (limit {self.factor:g}x)"
-            )
-        return f"worst error {worst.error:.2g} relative (limit {worst.limit:.2g}, {self.dtype})"
+        if self.absolute or not worst.reference_error:
+            return f"worst error {worst.error:.2g} relative (limit {worst.limit:.2g})"
+        return (
+            f"worst error {worst.ratio:.2g}x that of the original {self.dtype} model"
+            f" (limit {worst.limit / worst.reference_error:.2g}x)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The judgement as JSON data."""
@@ -263,11 +272,9 @@ class Report:
     def summary(self) -> str:
         """The last line that the command line prints."""
         if not self.decisions:
-            return "the model has no norm layer to fold"
+            return NOTHING
         line = f"folded {len(self.folds)} of {len(self.decisions)} norm layers"
-        if self.check is None:
-            return f"{line}; not checked"
-        if not self.folds and not self.check.rolled_back:
+        if not self.folds or self.check is None:
             return f"{line}; the model is unchanged"
         return f"{line}; {self.check.native.summary()}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import pickle
 import secrets
@@ -20,6 +19,7 @@ from torch import nn
 
 from bntools.errors import SaveError
 from bntools.modules import named_modules
+from bntools.recipe import recipe_of
 from bntools.report import Result
 
 __all__ = ["check_writable", "save", "write_atomically", "write_report", "write_text_atomically"]
@@ -66,7 +66,7 @@ def write_report(path: StrPath, result: Any, *, force: bool = False) -> None:
 
     Raises SaveError.
     """
-    data = _finite(result.to_dict())
+    data = result.to_dict()
     write_text_atomically(path, json.dumps(data, indent=2, allow_nan=False) + "\n", force=force)
 
 
@@ -197,16 +197,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _parts(result_or_model: Result | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
-    if isinstance(result_or_model, Result):
-        recipe = result_or_model.recipe
-        model, data = result_or_model.model, None if recipe is None else recipe.to_dict()
-    else:
-        model, data = result_or_model, None
+    model = result_or_model.model if isinstance(result_or_model, Result) else result_or_model
     if not isinstance(model, nn.Module):
         raise SaveError(
             f"Cannot save a {type(model).__name__}: give an nn.Module or the Result of a surgery."
         )
-    return model, data
+    own = result_or_model.recipe if isinstance(result_or_model, Result) else None
+    recipe = own or recipe_of(model)
+    return model, recipe.to_dict() if recipe.edits else None
 
 
 def _version() -> str:
@@ -214,14 +212,6 @@ def _version() -> str:
         return version("bntools")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _exists(target: Path) -> SaveError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import warnings
@@ -60,7 +59,7 @@ class Console:
 
     def document(self, data: dict[str, Any]) -> None:
         """The answer for programs: one JSON document, in which NaN and infinity are null."""
-        _write(json.dumps(_finite(data), indent=2, allow_nan=False))
+        _write(json.dumps(data, indent=2, allow_nan=False))
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -130,11 +129,3 @@ def _harmless(text: str) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
     return "".join(kept)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import bntools
-from bntools.report import Finding, Inspection, Plan, Report, Severity
+from bntools.report import Inspection, LayerHealth, Plan, Range, Report
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "digits_cnn.pt"
 COMMANDS = pytest.mark.parametrize("command", ["fold", "inspect"])
@@ -223,12 +223,11 @@ def test_json_of_inspect_and_of_a_plan(folder):
 
 
 def test_json_has_no_nan_and_no_infinity(folder, monkeypatch):
-    found = Inspection((), (Finding("bn", Severity.ERROR, "code", "x"),))
-    document = {"schema": 1, "high": float("inf"), "low": [float("nan"), 1.5]}
-    monkeypatch.setattr(Inspection, "to_dict", lambda self: document)
-    monkeypatch.setattr(bntools, "inspect", lambda *_: found)
+    layer = LayerHealth("bn", "Odd", eps=float("inf"), mean=Range(float("nan"), 1.5))
+    monkeypatch.setattr(bntools, "inspect", lambda *_: Inspection((layer,)))
     answer = json.loads(run("inspect", "model.pt", "--json").stdout, parse_constant=pytest.fail)
-    assert answer == {"schema": 1, "high": None, "low": [None, 1.5], "model": "model.pt"}
+    assert answer["layers"][0]["eps"] is None
+    assert answer["layers"][0]["mean"] == {"low": None, "high": 1.5}
 
 
 def test_a_report_is_the_same_document(folder):

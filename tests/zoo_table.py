@@ -122,6 +122,8 @@ def _measured(entry: Model) -> Row:
     folded = _folded(model, plan)
     seconds += time.perf_counter() - start
     del model
+    if len(norms(folded)) != count - len(plan.folds):
+        note = f"{len(norms(folded))} norm layers are left; {note}"
     reasons = Counter(d.reason.value for d in plan.kept if d.reason is not None)
     return Row(
         entry.name,

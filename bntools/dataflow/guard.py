@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bntools.dataflow.operations import operation
-from bntools.modules import named_tensors
+from bntools.modules import loose_tensors, named_tensors
 
-__all__ = ["Guard", "storage_key", "unwritten"]
+__all__ = ["Guard", "storage_key", "untouched", "unwritten"]
 
 
 class Guard:
@@ -47,12 +47,47 @@ class Guard:
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
     """Whatever operations write to parameters and buffers inside is undone at the end."""
-    guard = Guard(tensor for *_, tensor in named_tensors(model))
+    guard = Guard((*(tensor for *_, tensor in named_tensors(model)), *loose_tensors(model)))
     try:
         with _Writes(guard):
             yield
     finally:
         guard.restore()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[list[str]]:
+    """Collects the names of the model's parameters and buffers that operations inside use."""
+    names: dict[int, str] = {}
+    for path, _, name, tensor in named_tensors(model):
+        key = storage_key(tensor)
+        if key is not None and tensor.numel():
+            names.setdefault(key, f"{path}.{name}" if path else name)
+    used: dict[str, None] = {}
+    result: list[str] = []
+    with _Uses(names, used):
+        yield result
+    result.extend(used)
+
+
+class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which of some tensors operations use."""
+
+    def __init__(self, names: dict[int, str], used: dict[str, None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = names
+        self.used = used
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for arg in args:
+            for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(tensor, Tensor):
+                    name = self.names.get(storage_key(tensor) or 0)
+                    if name is not None:
+                        self.used[name] = None
+        return func(*args, **(kwargs or {}))
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -22,12 +22,13 @@ from bntools.dataflow.graph import Graph
 from bntools.dataflow.guard import Guard
 from bntools.dataflow.operations import operation
 from bntools.dataflow.tape import Tape, tensors_in
-from bntools.modules import preserved
+from bntools.modules import loose_tensors, preserved
 from bntools.resources import one_thread
 
 __all__ = ["record"]
 
 _SMALL = 1 << 16
+_ALONE = threading.RLock()  # what a recording patches and sets is the whole process's
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 _LEAVING = {
@@ -48,11 +49,11 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None 
     The model is as it was afterwards: flags, attributes, RNG, and the parameters and buffers that
     an operation wrote. Whatever the forward raises comes through.
     """
-    with preserved(model):
+    with _ALONE, preserved(model):
         if model.training:
             model.eval()
         tape = Tape(model)
-        guard = Guard(tape.owners.tensors.values())
+        guard = Guard((*tape.owners.tensors.values(), *loose_tensors(model)))
         small = sum(tensor.numel() for tensor in tensors_in((args, kwargs))) < _SMALL
         with (
             torch.no_grad(),

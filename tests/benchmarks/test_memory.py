@@ -1,6 +1,6 @@
 """Peak memory of planning and folding, and of the check, beside one batch-1 forward.
 
-    pytest tests/benchmarks/test_memory.py -s
+pytest tests/benchmarks/test_memory.py -s
 """
 
 from __future__ import annotations
