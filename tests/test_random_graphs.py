@@ -331,7 +331,8 @@ def check(program: Program, counts: Counter[str]) -> None:
     assume(truths[0] is not None)
     before = fingerprint(program, examples[0])
     plan = bntools.plan_fold(program, examples[0])
-    folded = fold_copy(program, plan.compiled.folds).model
+    folds = plan.compiled.folds if plan.decisions else ()
+    folded = fold_copy(program, folds).model
     assert changes(before, fingerprint(program, examples[0])) == []
     assert sorted(d.path for d in plan.decisions) == sorted(norms(program))
     assert norms(folded).keys() == {d.path for d in plan.kept}

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from torchvision.models.resnet import BasicBlock
 from bntools import saving
 from bntools.errors import SaveError
 from bntools.loading import load, read_model
+from bntools.recipe import Recipe
 from bntools.report import Action, Check, Decision, Equivalence, OutputError, Report, Result
 from bntools.saving import (
     check_writable,
@@ -33,14 +33,6 @@ from bntools.saving import (
 EDITS = {"version": 1, "edits": [{"edit": "add-bias", "path": "0", "channels": 4}]}
 
 
-@dataclass
-class Recipe:
-    data: dict = field(default_factory=lambda: EDITS)
-
-    def to_dict(self):
-        return self.data
-
-
 def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), BasicBlock(4, 4)).eval()
 
@@ -49,7 +41,7 @@ def result(error: float = 1e-7) -> Result:
     output = OutputError("output", error, 1e-7, 4e-7, 1e-6, passed=True)
     check = Check(Equivalence((output,), "float64", "float32", 4, 4), None, 0, "1x3x8x8")
     decision = Decision("1", "BatchNorm2d", Action.FOLD, ("0",))
-    return Result(small(), Report("fold", (decision,), check), Recipe())
+    return Result(small(), Report("fold", (decision,), check), Recipe.from_dict(EDITS))
 
 
 def in_fresh_process(script: str, *arguments: object, cwd: Path) -> str:
