@@ -33,20 +33,21 @@ _CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, Counter, deq
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every (path, module), a shared module under each of its paths.
+    """Every (path, module) once, a shared module under the first of its paths.
 
     Unlike `nn.Module.named_modules` it does not mind classes that shadow its methods.
     """
-    stack: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[int] = set()
     while stack:
-        path, module, above = stack.pop()
-        yield path, module
-        if id(module) in above:
+        path, module = stack.pop()
+        if id(module) in seen:
             continue
+        seen.add(id(module))
+        yield path, module
         for name, child in reversed(list(module._modules.items())):
             if child is not None:
-                full = f"{path}.{name}" if path else name
-                stack.append((full, child, (*above, id(module))))
+                stack.append((f"{path}.{name}" if path else name, child))
 
 
 def _made_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -119,6 +120,8 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and `torch.compile` wrappers."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"Cannot use a {type(model).__name__} as a model: give an nn.Module.")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -154,18 +157,25 @@ def _is_true_copy(copied: Any, model: nn.Module, memo: Mapping[int, Any]) -> boo
     if originals.keys() != copies.keys():
         return False
     for path, module in originals.items():
-        if copies[path] is module or type(copies[path]) is not type(module):
+        twin = copies[path]
+        tables = [
+            (vars(m).get("_parameters", {}), vars(m).get("_buffers", {})) for m in (module, twin)
+        ]
+        if twin is module or not all(
+            _are_copies(*both, memo) for both in zip(*tables, strict=True)
+        ):
             return False
-        for table in ("_parameters", "_buffers"):
-            mine, theirs = vars(module).get(table, {}), vars(copies[path]).get(table, {})
-            if mine.keys() != theirs.keys():
+    return True
+
+
+def _are_copies(mine: Any, theirs: Any, memo: Mapping[int, Any]) -> bool:
+    if mine.keys() != theirs.keys():
+        return False
+    for name, tensor in mine.items():
+        wanted = memo.get(id(tensor))
+        if tensor is not None and (theirs[name] is tensor or wanted is not None):
+            if theirs[name] is not wanted:
                 return False
-            for name, tensor in mine.items():
-                wanted = memo.get(id(tensor)) if tensor is not None else None
-                if (tensor is not None and theirs[name] is tensor is not wanted) or (
-                    wanted is not None and theirs[name] is not wanted
-                ):
-                    return False
     return True
 
 
@@ -182,7 +192,7 @@ def _lazy_buffers(model: nn.Module) -> dict[int, Tensor]:
 def _duplicate_by_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     originals = {id(module): module for _, module in named_modules(model)}
     for key, module in originals.items():
-        memo[key] = type(module).__new__(type(module))
+        memo[key] = object.__new__(type(module))  # a GraphModule's __new__ makes another class
     for key, module in originals.items():
         memo[key].__dict__.update({k: _copied(v, memo) for k, v in module.__dict__.items()})
     result = memo[id(model)]

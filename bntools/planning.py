@@ -14,8 +14,9 @@ from bntools.dataflow.graph import Graph, NormLayer
 from bntools.dataflow.layers import norm_layers
 from bntools.dataflow.reach import Refused
 from bntools.errors import PlanError
-from bntools.modules import named_tensors, unwrap
+from bntools.modules import get_module, named_tensors, unwrap
 from bntools.observing import Observation, observe, observe_again
+from bntools.registry import host_rule
 from bntools.report import Action, Decision, Plan, Reason
 
 __all__ = [
@@ -99,13 +100,26 @@ def _planned(seen: Observation, chosen: frozenset[str], refused: Mapping[str, Re
     if _differences(outcomes) and seen.examples.shapes != seen.second.shapes:
         seen = observe_again(seen)
         outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
-    while differing := _differences(outcomes):
-        forced.update(differing)
+    while refusals := _differences(outcomes) or _refused_by_hosts(seen.model, outcomes[0]):
+        forced.update(refusals)
         outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
     decisions, folds = _decisions(seen.graphs[0], outcomes[0])
     inputs = f"{seen.examples}{' (inferred)' if seen.examples.inferred else ''}"
     compiled = Compiled(seen, chosen, folds, _tensor_versions(seen.model))
     return Plan(decisions, inputs, seen.warnings, compiled)
+
+
+def _refused_by_hosts(model: nn.Module, outcome: Mapping[str, Outcome]) -> dict[str, Refused]:
+    """What the rules of registered hosts refuse to absorb."""
+    found: dict[str, Refused] = {}
+    for path, fold in outcome.items():
+        for host in fold.hosts if isinstance(fold, NormFold) else ():
+            module = get_module(model, host.path)
+            rule = host_rule(module) if host.registered else None
+            answer = rule.after(module, host.affine) if rule is not None else None
+            if isinstance(answer, Reason):
+                found[path] = Refused(answer, f"the rule of {host.path} refuses it")
+    return found
 
 
 def _tensor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:

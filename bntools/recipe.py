@@ -91,15 +91,20 @@ def apply_edits(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers, by name, new contents; their grad flags stay."""
+    """Give parameters and buffers, by name, new contents; their grad flags stay.
+
+    A bias that a layer could have and has not is made.
+    """
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         module = get_module(model, path)
-        old = module._parameters.get(attribute)
-        if old is None:
+        if attribute in module._buffers:
             module._buffers[attribute] = tensor
-        else:
-            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            continue
+        like = module._parameters.get(attribute)
+        like = like if like is not None else module._parameters.get("weight")
+        grad = tensor.is_floating_point() and (like is None or like.requires_grad)
+        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=grad)
 
 
 def _empty_bias(module: nn.Module, edit: Edit) -> nn.Parameter:

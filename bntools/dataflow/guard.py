@@ -41,7 +41,8 @@ class Guard:
         """Undo the writes."""
         with torch.no_grad(), _disable_current_modes():
             for tensor, content in self._originals.values():
-                tensor.copy_(content)
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(content)
 
 
 @contextmanager

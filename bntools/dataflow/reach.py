@@ -148,7 +148,7 @@ class Labels:
             axis = host.linear.channel_dim
             count = value.shape[axis]
             self.offsets[host] = range(start, start + count)
-            numbers = torch.arange(start, start + count, dtype=torch.float32)
+            numbers = torch.arange(start, start + count, dtype=torch.float32, device="cpu")
             view = [count if i == axis else 1 for i in range(len(value.shape))]
             self._known[value] = numbers.reshape(view).expand(value.shape)
             start += count
@@ -163,7 +163,7 @@ class Labels:
                 continue
             node = item.producer
             if node is None or not passes(node, self._folded):
-                self._known[item] = torch.tensor(-1.0).expand(item.shape)
+                self._known[item] = torch.tensor(-1.0, device="cpu").expand(item.shape)
                 continue
             missing = [v for v in data_inputs(node) if v not in self._known]
             if missing:
@@ -206,8 +206,8 @@ def _norm_channels(seen: Tensor, dim: int, labels: Labels) -> Tensor:
     if bool((flat < 0).any()):
         raise Refused(Reason.NOT_AFTER_LINEAR, "part of what it sees is padding")
     total = max(numbers.stop for numbers in labels.offsets.values())
-    target = torch.full((total,), -1)
-    rows = torch.arange(flat.shape[0]).unsqueeze(1).expand_as(flat)
+    target = torch.full((total,), -1, device="cpu")
+    rows = torch.arange(flat.shape[0], device="cpu").unsqueeze(1).expand_as(flat)
     target[flat.flatten()] = rows.flatten()
     if bool((target[flat] != rows).any()):
         raise Refused(

@@ -49,25 +49,25 @@ def fold_copy(model: nn.Module, folds: Sequence[NormFold]) -> Folded:
 
 def fold_in_place(model: nn.Module, folds: Sequence[NormFold]) -> nn.Module:
     """Carry folds out on the model itself; only for a model that nobody else holds."""
-    tensors, _ = _absorbed(model, folds)
-    model = apply_edits(model, _recipe(folds))
-    set_tensors(model, tensors)
-    return model
+    for host in _hosts(folds):
+        # one host at a time: the old weights go as the new ones come
+        set_tensors(model, _absorb(model, host)[0])
+    return apply_edits(model, _recipe(folds, biases=False))
 
 
-def _recipe(folds: Iterable[NormFold]) -> Recipe:
+def _recipe(folds: Iterable[NormFold], *, biases: bool = True) -> Recipe:
     edits: dict[tuple[str, str], Edit] = {}
     for fold in folds:
         for host in fold.hosts:
-            if host.gains_bias:
+            if host.gains_bias and biases:
                 edit = Edit("add-bias", host.path, host.affine.channels)
                 edits["add-bias", host.path] = edit
     drops = [Edit("drop-norm", fold.layer.path) for fold in folds]
     return Recipe((*edits.values(), *drops))
 
 
-def _absorbed(model: nn.Module, folds: Iterable[NormFold]) -> tuple[dict[str, Tensor], int]:
-    """The new tensors by name: each host's affines composed, absorbed in float64, cast once."""
+def _hosts(folds: Iterable[NormFold]) -> list[HostFold]:
+    """Each host once, with the affines of all that folds into it composed in their order."""
     hosts: dict[str, HostFold] = {}
     for fold in sorted(folds, key=lambda each: each.turn):
         for host in fold.hosts:
@@ -75,9 +75,14 @@ def _absorbed(model: nn.Module, folds: Iterable[NormFold]) -> tuple[dict[str, Te
             affine = known.affine.then(host.affine) if known else host.affine
             bias = host.bias or (known.bias if known else None)
             hosts[host.weight] = replace(host, affine=affine, bias=bias)
+    return list(hosts.values())
+
+
+def _absorbed(model: nn.Module, folds: Iterable[NormFold]) -> tuple[dict[str, Tensor], int]:
+    """The new tensors by name, and how many values were flushed."""
     tensors: dict[str, Tensor] = {}
     flushed = 0
-    for host in hosts.values():
+    for host in _hosts(folds):
         new, count = _absorb(model, host)
         tensors.update(new)
         flushed += count
