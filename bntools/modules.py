@@ -158,13 +158,11 @@ def _is_true_copy(copied: Any, model: nn.Module, memo: Mapping[int, Any]) -> boo
         return False
     for path, module in originals.items():
         twin = copies[path]
-        tables = [
-            (vars(m).get("_parameters", {}), vars(m).get("_buffers", {})) for m in (module, twin)
-        ]
-        if twin is module or not all(
-            _are_copies(*both, memo) for both in zip(*tables, strict=True)
-        ):
+        if twin is module:
             return False
+        for table in ("_parameters", "_buffers"):
+            if not _are_copies(vars(module).get(table, {}), vars(twin).get(table, {}), memo):
+                return False
     return True
 
 
@@ -173,9 +171,9 @@ def _are_copies(mine: Any, theirs: Any, memo: Mapping[int, Any]) -> bool:
         return False
     for name, tensor in mine.items():
         wanted = memo.get(id(tensor))
-        if tensor is not None and (theirs[name] is tensor or wanted is not None):
-            if theirs[name] is not wanted:
-                return False
+        decided = tensor is not None and (theirs[name] is tensor or wanted is not None)
+        if decided and theirs[name] is not wanted:
+            return False
     return True
 
 

@@ -16,7 +16,15 @@ from bntools.dataflow.guard import unwritten
 from bntools.dataflow.recorder import record
 from bntools.errors import BNToolsError, InputError
 from bntools.examples import Examples, candidates, given
-from bntools.modules import duplicate, get_module, is_unmade, named_modules, preserved, unwrap
+from bntools.modules import (
+    duplicate,
+    get_module,
+    is_unmade,
+    named_modules,
+    named_tensors,
+    preserved,
+    unwrap,
+)
 
 __all__ = ["Observation", "observe", "observe_again"]
 
@@ -53,6 +61,10 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
     on tells whether a fold may give them one.
     """
     source = unwrap(model)
+    if any(tensor.is_meta for *_, tensor in named_tensors(source)):
+        raise InputError(
+            "Cannot run a model on the meta device: it has no numbers. Load them first."
+        )
     ready, graph, examples = _first(source, example_inputs)
     again, second = _second(ready, graph, examples)
     return Observation(source, ready, examples, second, (graph, again), tuple(_warnings(source)))

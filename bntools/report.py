@@ -142,9 +142,7 @@ class Plan:
         return {"schema": SCHEMA_VERSION, "summary": self.summary(), **as_json(self)}
 
     def __str__(self) -> str:
-        flushed = f"{self.flushed} folded values were subnormal in float32 and are zero now"
-        notes = (*self.warnings, *([flushed] if self.flushed else []))
-        return tables.text(tables.decisions(self.decisions), *notes, self.summary())
+        return tables.text(tables.decisions(self.decisions), *self.warnings, self.summary())
 
 
 @dataclass(frozen=True)

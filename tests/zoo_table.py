@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from zoo_models import MODELS, Model
 
 import bntools
+from bntools.backward import NormFold
 from bntools.report import Plan
 from bntools.surgery.folding import fold_copy, fold_in_place
 
@@ -119,16 +120,18 @@ def _measured(entry: Model) -> Row:
     count = len(norms(model))
     truth = _observed(model, entry, compared)
     start = time.perf_counter()
-    folded = _folded(model, plan)
+    reasons = Counter(d.reason.value for d in plan.kept if d.reason is not None)
+    folds = plan.compiled.folds
+    del plan  # it holds the tensors that a fold in place replaces
+    folded = _folded(model, folds)
     seconds += time.perf_counter() - start
     del model
-    if len(norms(folded)) != count - len(plan.folds):
+    if len(norms(folded)) != count - len(folds):
         note = f"{len(norms(folded))} norm layers are left; {note}"
-    reasons = Counter(d.reason.value for d in plan.kept if d.reason is not None)
     return Row(
         entry.name,
         count,
-        len(plan.folds),
+        len(folds),
         " ".join(f"{reason}:{n}" for reason, n in sorted(reasons.items())),
         oracle_counts().get(entry.name, ""),
         fx_folded,
@@ -157,8 +160,7 @@ def oracle_counts() -> dict[str, str]:
         return {f"{zoos[line['zoo']]}:{line['name']}": line["o_backward"] for line in lines}
 
 
-def _folded(model: nn.Module, plan: Plan) -> nn.Module:
-    folds = plan.compiled.folds
+def _folded(model: nn.Module, folds: Sequence[NormFold]) -> nn.Module:
     if sum(p.numel() for p in model.parameters()) < _GIANT:
         return fold_copy(model, folds).model
     for fold in folds:
