@@ -21,6 +21,7 @@ from bntools.tolerance import BLIND_FACTOR, EPS_FACTOR, FACTOR, judge
 __all__ = ["Outputs", "Truth", "compare", "find_truth", "in_float64", "run", "verify"]
 
 Outputs = dict[str, Tensor]
+_SAMPLE = 4096
 
 
 def verify(reference: nn.Module, candidate: nn.Module, inputs: Any) -> Equivalence:
@@ -48,33 +49,40 @@ def verify(reference: nn.Module, candidate: nn.Module, inputs: Any) -> Equivalen
     examples = given(inputs)
     reference, candidate = unwrap(reference), unwrap(candidate)
     truth = find_truth(reference, examples)
-    outputs = run(candidate, examples.cast(_dtype(candidate), _device(candidate)))
+    outputs, _ = run(candidate, examples.cast(_dtype(candidate), _device(candidate)))
     return compare(truth, outputs, inputs=str(examples))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the reference gives: in float64 (or in its own dtype, where it cannot), and natively."""
+    """What the reference gives: in float64 (or in its own dtype, where it cannot), and natively.
+
+    `layers` are samples of what some of its layers give in float64.
+    """
 
     exact: Outputs
     native: Outputs
+    layers: Outputs
+    native_layers: Outputs
     dtype: torch.dtype
     coarsest: torch.dtype
     is_float64: bool
     double: nn.Module | None = None
 
 
-def find_truth(reference: nn.Module, examples: Examples, *, keep: bool = False) -> Truth:
+def find_truth(
+    reference: nn.Module, examples: Examples, *, keep: bool = False, watch: Sequence[str] = ()
+) -> Truth:
     """Run the reference natively, twice, and in float64 once; `keep` keeps the float64 copy."""
-    dtype = _dtype(reference)
-    native = _natively(reference, examples.cast(dtype, _device(reference)))
+    dtype, coarsest = _dtype(reference), _coarsest(reference)
+    native, seen = _natively(reference, examples.cast(dtype, _device(reference)), watch)
     double = in_float64(reference)
     try:
-        exact = run(double, examples.cast(torch.float64, "cpu"))
+        exact, layers = run(double, examples.cast(torch.float64, "cpu"), watch=watch)
     except Exception:  # noqa: BLE001 - a dtype or device is hard-coded somewhere in the model
-        return Truth(native, native, dtype, _coarsest(reference), is_float64=False)
+        return Truth(native, native, seen, seen, dtype, coarsest, is_float64=False)
     kept = double if keep else None
-    return Truth(exact, native, dtype, _coarsest(reference), is_float64=True, double=kept)
+    return Truth(exact, native, layers, seen, dtype, coarsest, is_float64=True, double=kept)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -86,9 +94,12 @@ def in_float64(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _natively(reference: nn.Module, examples: Examples) -> Outputs:
+def _natively(
+    reference: nn.Module, examples: Examples, watch: Sequence[str]
+) -> tuple[Outputs, Outputs]:
     try:
-        outputs, again = run(reference, examples), run(reference, examples, seed=1)
+        outputs, layers = run(reference, examples, watch=watch)
+        again, _ = run(reference, examples, seed=1)
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise InputError(
@@ -102,7 +113,7 @@ def _natively(reference: nn.Module, examples: Examples) -> Outputs:
                 f"Cannot judge {name}: two forwards of the reference on the same input differ, so"
                 " equality means nothing. Turn off what draws random numbers (dropout, sampling)."
             )
-    return outputs
+    return outputs, layers
 
 
 def _nearly(a: Tensor, b: Tensor) -> bool:
@@ -148,30 +159,32 @@ def compare(
 
 def run(
     model: nn.Module, examples: Examples, *, seed: int = 0, watch: Sequence[str] = ()
-) -> Outputs:
-    """One forward in eval mode that leaves no trace; the outputs by name.
+) -> tuple[Outputs, Outputs]:
+    """One forward in eval mode that leaves no trace: the outputs by name, and layers by path.
 
-    `watch` adds the outputs of the modules at these paths, call by call.
+    For each module in `watch` a sample of at most 4096 evenly spaced values is kept per call.
     """
-    seen: Outputs = {}
-    with preserved(model), unwritten(model), torch.no_grad(), _watching(model, watch, seen):
+    layers: dict[str, list[Tensor]] = {}
+    with preserved(model), unwritten(model), torch.no_grad(), _watching(model, watch, layers):
         torch.manual_seed(seed)
         if model.training:
             model.eval()
         fed = examples.copied()
         out = model(*fed.args, **fed.kwargs)
-    return {**dict(_named("output", out)), **seen}
+    return dict(_named("output", out)), {path: torch.cat(calls) for path, calls in layers.items()}
 
 
 @contextmanager
-def _watching(model: nn.Module, paths: Sequence[str], seen: Outputs) -> Iterator[None]:
+def _watching(
+    model: nn.Module, paths: Sequence[str], seen: dict[str, list[Tensor]]
+) -> Iterator[None]:
     handles = []
+    wanted = set(paths)
     for path, module in named_modules(model) if paths else ():
-        if path in paths:
+        if path in wanted:
 
             def keep(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
-                calls = sum(name.startswith(f"{path} ") for name in seen)
-                seen.update({k: t.clone() for k, t in _named(f"{path} call {calls}", out)})
+                seen.setdefault(path, []).extend(_sample(t) for _, t in _named("", out))
 
             handles.append(module.register_forward_hook(keep))
     try:
@@ -179,6 +192,11 @@ def _watching(model: nn.Module, paths: Sequence[str], seen: Outputs) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    values = tensor.reshape(-1)
+    return values[:: max(1, values.numel() // _SAMPLE)][:_SAMPLE].to("cpu", copy=True)
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,13 +24,14 @@ from bntools.planning import (
 )
 from bntools.proving import Proof, Prover
 from bntools.recipe import mark, recipe_of
-from bntools.report import Check, Plan, Reason, Report, Result
+from bntools.report import Check, Decision, Plan, Reason, Report, Result
 from bntools.resources import peak_memory
 from bntools.surgery.folding import Folded, fold_copy
 
 __all__ = ["fold"]
 
 _MOST_CULPRITS = 16
+LayerErrors = Mapping[str, tuple[float | None, float]]
 
 
 def fold(
@@ -73,7 +75,8 @@ def fold(
     check = None
     if plan.folds:
         with _timed(seconds, "check"):
-            plan, folded, check = _proven(plan, compiled, folded, seed)
+            plan, folded, check, layers = _proven(plan, compiled, folded, seed)
+            plan = replace(plan, decisions=_with_errors(plan.decisions, layers))
     recipe = recipe_of(compiled.seen.model).then(folded.recipe)
     if recipe.edits:
         mark(folded.model, recipe)
@@ -95,7 +98,7 @@ def _report(plan: Plan, check: Check | None, flushed: int, seconds: dict[str, fl
 
 def _proven(
     plan: Plan, compiled: Compiled, folded: Folded, seed: int
-) -> tuple[Plan, Folded, Check]:
+) -> tuple[Plan, Folded, Check, LayerErrors]:
     """Check a fold, and undo one after the other the folds that make the check fail."""
     seen = compiled.seen
     examples = seen.fresh(seed)
@@ -116,7 +119,15 @@ def _proven(
     check = Check(
         proof.native, proof.float64, seed, str(examples), tuple(refused), peak_bytes=peak.bytes
     )
-    return plan, folded, check
+    return plan, folded, check, proof.layers
+
+
+def _with_errors(decisions: Sequence[Decision], errors: LayerErrors) -> tuple[Decision, ...]:
+    found = ((decision, errors.get(decision.path)) for decision in decisions)
+    return tuple(
+        decision if both is None else replace(decision, float64_error=both[0], native_error=both[1])
+        for decision, both in found
+    )
 
 
 def _attempt(prover: Prover, compiled: Compiled, folded: Folded) -> Proof:

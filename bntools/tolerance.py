@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ __all__ = [
     "float64_limit",
     "judge",
     "limit",
+    "pooled",
     "relative_error",
 ]
 
@@ -98,6 +101,17 @@ def judge(
     return OutputError(
         name, error, own, allowed, float(gap.nan_to_num(0.0).max()), passed=error <= allowed
     )
+
+
+def pooled(errors: Sequence[OutputError], dtype: torch.dtype) -> OutputError:
+    """One judgement of the same output on several inputs: the largest errors, and their limit."""
+    failed = next((e for e in errors if e.note), None)
+    if failed is not None:
+        return failed
+    own = max(e.reference_error for e in errors)
+    worst = max(errors, key=lambda e: e.error)
+    allowed = limit(own, dtype)
+    return replace(worst, reference_error=own, limit=allowed, passed=worst.error <= allowed)
 
 
 def _fault(truth: Tensor, candidate: Tensor) -> str:

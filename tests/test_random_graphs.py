@@ -88,7 +88,9 @@ class Writer:
     def do_block(self, source: int, channels: int, number: int) -> None:
         """A host, sometimes movement, a norm, and sometimes an activation in place."""
         self.do_host(source, channels, number)
-        for kind in (("pass", "there_and_back", "shuffle", "activation")[number % 8 : number % 8 + 1]):
+        for kind in ("pass", "there_and_back", "shuffle", "activation")[
+            number % 8 : number % 8 + 1
+        ]:
             if kind != "activation":
                 self.write(kind, 0, number // 8)
         self.write("norm_again" if number % 5 == 0 and self.normed else "norm", 0, number // 3)
@@ -240,8 +242,8 @@ class Writer:
         """One pixel for all: what is written there in place is shared memory."""
         self.unary(source, lambda x: x.flatten(2).mean(2)[..., None].expand(x.flatten(2).shape))
         if self.program.rank:
-            self.program.steps[-1] = lambda _, r: r[source].amax(2, keepdim=True).expand_as(
-                r[source]
+            self.program.steps[-1] = lambda _, r: (
+                r[source].amax(2, keepdim=True).expand_as(r[source])
             )
 
     # everything else
