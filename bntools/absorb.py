@@ -142,6 +142,6 @@ def _flush(values: Tensor) -> int:
 def _channel_peaks(weight: Tensor, layout: OutputLayout) -> Tensor:
     blocks, by_row = _blocks(weight, layout)
     if not blocks.numel():
-        return torch.zeros(layout.channels(weight), dtype=torch.float64)
+        return torch.zeros(layout.channels(weight), dtype=torch.float64, device="cpu")
     peaks = blocks.abs().amax(dim=(0, 2, 3) if by_row else (1, 3))
     return peaks.reshape(-1).to("cpu", torch.float64)

@@ -56,7 +56,7 @@ class Affine:
     @classmethod
     def identity(cls, channels: int) -> Affine:
         """The map that changes nothing."""
-        ones = torch.ones(channels, dtype=torch.float64)
+        ones = torch.ones(channels, dtype=torch.float64, device="cpu")
         return cls(ones, torch.zeros_like(ones))
 
     @property

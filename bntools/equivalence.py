@@ -132,7 +132,7 @@ def compare(
     if allowed is None and not truth.is_float64:
         allowed = BLIND_FACTOR * torch.finfo(truth.coarsest).eps
     names = dict.fromkeys((*truth.exact, *outputs))
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
     judged = tuple(
         judge(
             name,
@@ -166,7 +166,7 @@ def run(
     """
     layers: dict[str, list[Tensor]] = {}
     with preserved(model), unwritten(model), torch.no_grad(), _watching(model, watch, layers):
-        torch.manual_seed(seed)
+        _seed(seed)
         if model.training:
             model.eval()
         fed = examples.copied()
@@ -194,6 +194,13 @@ def _watching(
             handle.remove()
 
 
+def _seed(seed: int) -> None:
+    """Seed the generators that are in use; seeding CUDA before its start would not be undone."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
 def _sample(tensor: Tensor) -> Tensor:
     values = tensor.reshape(-1)
     return values[:: max(1, values.numel() // _SAMPLE)][:_SAMPLE].to("cpu", copy=True)
@@ -201,8 +208,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        value = value.detach()
-        yield name, torch.view_as_real(value) if value.is_complex() else value
+        yield name, _plain(value.detach())
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _named(f"{name}.{key}", item)
@@ -211,6 +217,17 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named(f"{name}[{index}]", item)
     elif hasattr(value, "__dict__") and not callable(value):
         yield from _named(name, vars(value))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A dense tensor of ordinary numbers."""
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -20,6 +20,7 @@ _SIZES = {
     2: (64, 224, 32, 28, 128, 256, 96, 299, 384, 8, 512),
     3: (32, 64, 112),
 }
+_LARGE = 1 << 16
 _FRAMES = {32: 8, 64: 16, 112: 16}
 _CONVS = nn.modules.conv._ConvNd  # noqa: SLF001
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
@@ -66,16 +67,24 @@ class Examples:
             return None
         return self.mapped(lambda t: torch.cat([t, t]))
 
-    def halved(self) -> Examples | None:
-        """Images of half the height and width; None for anything else, and for small images."""
-        if not all(t.dim() == 4 and min(t.shape[2:]) >= 64 for t in self.tensors()):
-            return None
-        return self.mapped(lambda t: t[..., : t.shape[2] // 2, : t.shape[3] // 2].contiguous())
+    def resized(self) -> list[Examples]:
+        """Inputs of other sizes that the model may take: smaller images, or larger small ones.
 
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of the tensors."""
-        return [tensor.shape for tensor in self.tensors()]
+        Sequences, of which either axis may be the longer one, grow along each in turn.
+        """
+        ranks = {tensor.dim() for tensor in self.tensors()}
+        if ranks == {4} and all(min(t.shape[2:]) >= 64 for t in self.tensors()):
+            return [self.mapped(lambda t: t[..., : t.shape[2] // 2, : t.shape[3] // 2].clone())]
+        if len(ranks) != 1 or sum(t.numel() for t in self.tensors()) > _LARGE:
+            return []
+        if ranks == {4}:
+            return [self.mapped(lambda t: t.repeat(1, 1, 2, 2))]
+        if ranks == {3}:
+            return [
+                self.mapped(lambda t: t.repeat(1, 2, 1)),
+                self.mapped(lambda t: t.repeat(1, 1, 2)),
+            ]
+        return []
 
     @property
     def batch(self) -> int | None:
@@ -117,12 +126,15 @@ def given(example_inputs: Any) -> Examples:
 def candidates(model: nn.Module) -> Iterator[Examples]:
     """Inputs that a model may take, the likeliest first; the caller tries them."""
     generator = torch.Generator().manual_seed(0)
-    like = next((t for *_, t in named_tensors(model) if t.is_floating_point()), torch.zeros(1))
+    like = next(
+        (t for *_, t in named_tensors(model) if t.is_floating_point()), torch.zeros(1, device="cpu")
+    )
     for shape, dtype in _shapes(model):
         if dtype == torch.int64:
-            first = torch.randint(0, 10, shape, generator=generator).to(like.device)
+            first = torch.randint(0, 10, shape, generator=generator, device="cpu").to(like.device)
         else:
-            first = torch.randn(shape, generator=generator).to(like.device, like.dtype)
+            first = torch.randn(shape, generator=generator, device="cpu")
+            first = first.to(like.device, like.dtype)
         yield Examples(tuple(first.clone() for _ in range(_required(model))), inferred=True)
         if len(shape) == 4:
             yield Examples((list(first),), inferred=True)
@@ -186,7 +198,7 @@ def _channel_counts(model: nn.Module, layer: nn.Module, channels: int) -> Sequen
     rank = _spatial_rank(layer)
     if rank == 0:
         return (channels,)
-    ran = _first_run(model, torch.zeros(1, channels, *[_SIZES[rank][0]] * rank))
+    ran = _first_run(model, torch.zeros(1, channels, *[_SIZES[rank][0]] * rank, device="cpu"))
     if ran is not None and _spatial_rank(ran[0]) == rank and ran[1] != ran[2]:
         return tuple(dict.fromkeys((ran[1], channels, 3, 1)))
     return tuple(dict.fromkeys((channels, 3, 1)))
@@ -258,13 +270,23 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _reordered(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows in another order, as each column may have values of its own; one row within itself."""
+    rows = tensor if tensor.dim() > 1 else tensor.reshape(1, -1)
+    if rows.shape[0] > 1 and bool((rows != rows[:1]).any()):
+        order = torch.randperm(rows.shape[0], generator=generator, device="cpu")
+        return rows[order.to(rows.device)].reshape(tensor.shape)
+    order = torch.randperm(tensor.numel(), generator=generator, device="cpu")
+    return tensor.flatten()[order.to(tensor.device)].reshape(tensor.shape)
+
+
 def _varied(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.numel():
         return tensor
     if not tensor.is_floating_point():
-        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-        return tensor.flatten()[order].reshape(tensor.shape)
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        return _reordered(tensor, generator)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+    noise = noise.to(tensor.device)
     exact = tensor.double()
     low, high = exact.min(), exact.max()
     if low == high or tensor.numel() == 1:

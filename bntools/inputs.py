@@ -125,11 +125,11 @@ def _parsed(spec: str, usual: torch.dtype) -> tuple[tuple[int, ...], torch.dtype
 
 def _drawn(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if dtype == torch.bool:
-        return torch.randint(0, 2, shape, generator=generator).bool()
+        return torch.randint(0, 2, shape, generator=generator, device="cpu").bool()
     if not dtype.is_floating_point and not dtype.is_complex:
-        return torch.randint(0, 10, shape, generator=generator).to(dtype)
+        return torch.randint(0, 10, shape, generator=generator, device="cpu").to(dtype)
     wide = dtype if dtype in (torch.float64, torch.complex64) else torch.float32
-    return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(dtype)
 
 
 # ---- files ---------------------------------------------------------------------------------------

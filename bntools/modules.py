@@ -223,8 +223,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     storages = [_held(t) for module in modules.values() for t in _made_tensors(module)]
     before = [(module, _snapshot(module)) for module in modules.values()]
     states = random.getstate(), _numpy_state()
-    devices = {t.device.index or 0 for t, *_ in storages if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bntools.backward import bias_beside
-from bntools.dataflow.graph import Graph, Kind
+from bntools.dataflow.graph import Graph, Kind, Node
 from bntools.dataflow.guard import unwritten
 from bntools.dataflow.recorder import record
 from bntools.errors import BNToolsError, InputError
@@ -26,7 +26,7 @@ from bntools.modules import (
     unwrap,
 )
 
-__all__ = ["Observation", "observe", "observe_again"]
+__all__ = ["Observation", "observe"]
 
 _SEED = 20
 
@@ -67,20 +67,23 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
         )
     ready, graph, examples = _first(source, example_inputs)
     again, second = _second(ready, graph, examples)
-    return Observation(source, ready, examples, second, (graph, again), tuple(_warnings(source)))
+    warnings = tuple(_warnings(source, graph))
+    return Observation(source, ready, examples, second, (graph, again), warnings)
 
 
-def observe_again(seen: Observation) -> Observation:
-    """Replace the second recording by one on inputs of the first one's shapes."""
-    varied = seen.examples.varied(_SEED)
-    with _with_biases(seen.model, _missing_biases(seen.graphs[0])):
-        graph = _recorded(seen.model, varied)
-    return replace(seen, second=varied, graphs=(seen.graphs[0], graph))
-
-
-def _warnings(model: nn.Module) -> Iterator[str]:
+def _warnings(model: nn.Module, graph: Graph) -> Iterator[str]:
     if model.training:
         yield "the model is in training mode: its eval() version is used, and the result is that"
+    reading = next(filter(_reads_numbers, graph.nodes), None)
+    if reading is not None:
+        where = reading.module or "the model itself"
+        yield f"{where} reads numbers from tensors: paths not taken were not seen"
+
+
+def _reads_numbers(node: Node) -> bool:
+    if node.name not in ("_local_scalar_dense", "tolist()", "numpy()"):
+        return False
+    return not all(value.constant for value in node.inputs)
 
 
 def _first(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Graph, Examples]:
@@ -126,9 +129,8 @@ def _does_not_run(example_inputs: Any, failure: tuple[Examples, Exception] | Non
 
 
 def _second(model: nn.Module, graph: Graph, examples: Examples) -> tuple[Graph, Examples]:
-    """Half the size and twice the batch where the model takes it, else the same shapes."""
-    smaller = examples.halved() or examples
-    options = (smaller.doubled(), smaller, examples)
+    """Another size and twice the batch where the model takes it, else the same shapes."""
+    options = [*(other.doubled() for other in examples.resized()), examples.doubled(), examples]
     failure: Exception | None = None
     with _with_biases(model, _missing_biases(graph)):
         for option in options:
@@ -185,7 +187,7 @@ def _materialised(model: nn.Module, examples: Examples) -> nn.Module:
     made = duplicate(model)
     modes = [(module, module.training) for _, module in named_modules(made)]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         made.eval()
         fed = examples.copied()
         made(*fed.args, **fed.kwargs)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import nn
 
 from bntools.dataflow.reach import Refused
@@ -34,6 +35,7 @@ _MOST_CULPRITS = 16
 LayerErrors = Mapping[str, tuple[float | None, float]]
 
 
+@torch.inference_mode(mode=False)
 def fold(
     model: nn.Module,
     example_inputs: Any = None,

@@ -15,7 +15,7 @@ from bntools.dataflow.layers import norm_layers
 from bntools.dataflow.reach import Refused
 from bntools.errors import PlanError
 from bntools.modules import get_module, named_tensors, unwrap
-from bntools.observing import Observation, observe, observe_again
+from bntools.observing import Observation, observe
 from bntools.registry import host_rule
 from bntools.report import Action, Decision, Plan, Reason
 
@@ -97,9 +97,6 @@ def compiled_for(plan: Plan, model: nn.Module) -> Compiled:
 def _planned(seen: Observation, chosen: frozenset[str], refused: Mapping[str, Refused]) -> Plan:
     forced = dict(refused)
     outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
-    if _differences(outcomes) and seen.examples.shapes != seen.second.shapes:
-        seen = observe_again(seen)
-        outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
     while refusals := _differences(outcomes) or _refused_by_hosts(seen.model, outcomes[0]):
         forced.update(refusals)
         outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]

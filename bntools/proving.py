@@ -85,7 +85,7 @@ class Prover:
             given, _ = run(folded.model, examples)
             judged.append(compare(find_truth(self.model, examples), given))
         rows = zip(*(each.outputs for each in judged), strict=True)
-        outputs = tuple(pooled(row, self.truth.coarsest) for row in rows)
+        outputs = tuple(pooled(row) for row in rows)
         return replace(first, outputs=outputs, notes=(*first.notes, f"over {_DRAWS} inputs"))
 
     def blame(self, folds: Sequence[NormFold]) -> dict[str, str]:

@@ -16,6 +16,7 @@ __all__ = [
     "EPS_FACTOR",
     "FACTOR",
     "FLOAT64_LIMIT",
+    "INTEGER_SHARE",
     "float64_limit",
     "judge",
     "limit",
@@ -27,6 +28,8 @@ FACTOR = 4.0
 EPS_FACTOR = 8.0
 BLIND_FACTOR = 80.0
 """Roundings granted where the reference's own error cannot be known: 1e-5 in float32."""
+INTEGER_SHARE = 0.005
+"""The share of an integer output that may differ: rounding decides between near ties."""
 FLOAT64_LIMIT = 1e-10
 
 
@@ -71,6 +74,10 @@ def relative_error(candidate: Tensor, truth: Tensor) -> float:
     return float(difference.norm() / (b[finite] / scale).norm())
 
 
+def _share_that_differs(candidate: Tensor, truth: Tensor) -> float:
+    return float((candidate.cpu() != truth.cpu()).double().mean())
+
+
 def judge(
     name: str,
     truth: Tensor,
@@ -84,33 +91,34 @@ def judge(
 
     `dtype` is the coarsest of the model's; a coarser one of the candidate's output counts instead.
     `allowed` replaces the limit that follows from the reference's error and the dtype. A NaN, an
-    empty output or another shape is never a pass; integer outputs may differ as far as the
-    reference's own do.
+    empty output or another shape is never a pass. Of integer outputs (classes, orders) the share
+    of elements that differ is judged.
     """
     fault = _fault(truth, candidate)
     if fault:
         return OutputError(name, math.inf, 0.0, 0.0, math.inf, passed=False, note=fault)
-    own = relative_error(reference, truth) if reference.shape == truth.shape else math.inf
-    error = relative_error(candidate, truth)
-    if allowed is None and not candidate.is_floating_point():
-        allowed = own
+    measure = relative_error if truth.is_floating_point() else _share_that_differs
+    own = measure(reference, truth) if reference.shape == truth.shape else math.inf
+    error = measure(candidate, truth)
+    if allowed is None and not truth.is_floating_point():
+        allowed = max(FACTOR * own, INTEGER_SHARE)
     elif allowed is None:
-        coarsest = max(dtype, candidate.dtype, key=lambda each: torch.finfo(each).eps)
-        allowed = limit(own, coarsest)
+        floats = [d for d in (dtype, candidate.dtype) if d.is_floating_point]
+        allowed = limit(own, max(floats, key=lambda each: torch.finfo(each).eps))
     gap = (candidate.detach().cpu().double() - truth.detach().cpu().double()).abs()
     return OutputError(
         name, error, own, allowed, float(gap.nan_to_num(0.0).max()), passed=error <= allowed
     )
 
 
-def pooled(errors: Sequence[OutputError], dtype: torch.dtype) -> OutputError:
+def pooled(errors: Sequence[OutputError]) -> OutputError:
     """One judgement of the same output on several inputs: the largest errors, and their limit."""
     failed = next((e for e in errors if e.note), None)
     if failed is not None:
         return failed
     own = max(e.reference_error for e in errors)
     worst = max(errors, key=lambda e: e.error)
-    allowed = limit(own, dtype)
+    allowed = max(e.limit for e in errors)
     return replace(worst, reference_error=own, limit=allowed, passed=worst.error <= allowed)
 
 

@@ -230,13 +230,50 @@ def read(path: Path) -> dict[str, Row]:
     return {row.model: row for row in found}
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """The table in short, as in the README: one line per collection."""
+    lines = [
+        "| | models | norm layers | folded | oracle, of | fx fuse | fx fails | worst error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups = {
+        "torchvision": [
+            r for r in rows if r.model.startswith("torchvision") and "+" not in r.model
+        ],
+        "torchvision, FrozenBatchNorm2d": [r for r in rows if "+frozen" in r.model],
+        "timm": [r for r in rows if r.model.startswith("timm")],
+    }
+    for name, group in groups.items():
+        counted = [row for row in group if row.oracle]
+        oracle = f"{sum(int(r.oracle) for r in counted):,}" if counted else "-"
+        norms_counted = sum(row.norms for row in counted)
+        traced = [int(row.fx_folded) for row in group if row.fx_folded.isdigit()]
+        lines.append(
+            f"| {name} | {len(group)} | {sum(r.norms for r in group):,} |"
+            f" **{sum(r.folded for r in group):,}** | {oracle}, {norms_counted:,} |"
+            f" {sum(traced):,} | {len(group) - len(traced)} |"
+            f" {max((r.error for r in group), default=0.0):.1e} |"
+        )
+    kept: Counter[str] = Counter()
+    for row in rows:
+        for item in row.kept.split():
+            reason, _, count = item.rpartition(":")
+            kept[reason] += int(count)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in kept.most_common())
+    return "\n".join([*lines, "", f"Kept: {reasons}."])
+
+
 def main() -> int:
     """Measure what is asked for; exit with 1 where a row has a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TABLE, help="the table (CSV)")
     parser.add_argument("--only", default="*", metavar="GLOB", help="models, as in 'timm:*'")
     parser.add_argument("--resume", action="store_true", help="keep the sound rows of the table")
+    parser.add_argument("--summary", action="store_true", help="only print the table in short")
     options = parser.parse_args()
+    if options.summary:
+        print(summary(list(read(options.out).values())))
+        return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rows = read(options.out) if options.resume else {}
@@ -252,6 +289,7 @@ def main() -> int:
         write(rows, options.out)
         sys.stderr.write(f"{rows[entry.name]}\n")
         sys.stderr.flush()
+    print(summary(list(rows.values())))
     return int(any(row.problems() for row in rows.values()))
 
 

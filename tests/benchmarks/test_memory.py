@@ -52,7 +52,7 @@ def test_peak_memory(name):
     size = sum(t.numel() * t.element_size() for *_, t in named_tensors(built(name))) / 2**20
     found = {work: peak(name, work) for work in WORK}
     print(
-        f"\n{name} ({size:.0f} MB): plan and fold {found['fold'] - size:.0f} MB above the two models"
+        f"\n{name} ({size:.0f} MB): plan and fold {found['fold'] - size:.0f} MB above both models"
         f" (batch-1 forward {found['forward']:.0f}), with the check"
         f" {found['fold and check'] - size:.0f} MB"
         f" (three models and a float64 forward {3 * size + found['float64 forward']:.0f})"
