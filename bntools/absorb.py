@@ -5,6 +5,8 @@ Everything is computed in float64 and cast once.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +78,7 @@ def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: Outpu
     if limit > 1e30 and largest < 1e8:
         return False
     peaks = _channel_peaks(weight.detach(), layout)
-    return bool((peaks * affine.scale.abs()).max() > limit)
+    return bool((peaks * affine.scale.abs()).nan_to_num(0.0).max() > limit)
 
 
 def _shifted(bias: Tensor | None, affine: Affine) -> Tensor:
@@ -86,10 +88,11 @@ def _shifted(bias: Tensor | None, affine: Affine) -> Tensor:
 
 
 def _blocks(weight: Tensor, layout: OutputLayout) -> tuple[Tensor, bool]:
-    """View a weight as (rows, columns, rest) per group, and say whether channels are rows."""
+    """View a weight as (groups, rows, columns, rest), and say whether channels are rows."""
     if layout.axis == 0:
-        return weight.reshape(1, weight.shape[0], 1, -1), True
-    return weight.reshape(layout.groups, -1, weight.shape[1], weight[0, 0].numel()), False
+        return weight.reshape(1, weight.shape[0], 1, math.prod(weight.shape[1:])), True
+    rows, columns = weight.shape[0] // layout.groups, weight.shape[1]
+    return weight.reshape(layout.groups, rows, columns, math.prod(weight.shape[2:])), False
 
 
 def _scaled(weight: Tensor, scale: Tensor, layout: OutputLayout) -> tuple[Tensor, int]:
@@ -97,31 +100,45 @@ def _scaled(weight: Tensor, scale: Tensor, layout: OutputLayout) -> tuple[Tensor
     source, by_row = _blocks(weight, layout)
     target, _ = _blocks(scaled, layout)
     factors = scale.reshape(1, -1, 1, 1) if by_row else scale.reshape(layout.groups, 1, -1, 1)
-    _multiply(source, factors, target)
-    flushed = _flush(scaled) if _may_be_subnormal(weight, scale) else 0
+    buffered = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    multiply = _multiply_by_numpy if buffered else _multiply
+    normal = not weight.numel() or multiply(source, factors, target)
+    flushed = 0 if normal else _flush(scaled)
     if not weight.is_contiguous():
         scaled = torch.empty_like(weight).copy_(scaled)
     return scaled, flushed
 
 
-def _multiply(source: Tensor, factors: Tensor, target: Tensor) -> None:
-    """`target = source * factors` in float64, rounded once; the source is never copied whole."""
-    if source.dtype == torch.float32 and source.device.type == "cpu":
-        arrays = source.numpy(), factors.numpy()
-        np.multiply(*arrays, out=target.numpy(), dtype=np.float64, casting="same_kind")
-        return
+def _parts(source: Tensor) -> Iterator[tuple[int, slice]]:
+    """The blocks of rows, group by group, in which a weight is worked on."""
+    step = max(1, _BLOCK // max(1, source[0, :1].numel()))
     for group in range(source.shape[0]):
-        step = max(1, _BLOCK // max(1, source[group, :1].numel()))
         for start in range(0, source.shape[1], step):
-            part = slice(start, start + step)
-            factor = factors[group, part] if factors.shape[1] > 1 else factors[group]
-            target[group, part].copy_(source[group, part].to(torch.float64) * factor)
+            yield group, slice(start, start + step)
 
 
-def _may_be_subnormal(weight: Tensor, scale: Tensor) -> bool:
-    if not weight.numel():
-        return False
-    return not float(weight.abs().amin()) * float(scale.abs().amin()) >= 2 * SMALLEST_NORMAL
+def _multiply(source: Tensor, factors: Tensor, target: Tensor) -> bool:
+    """`target = source * factors` in float64, rounded once; whether all are normal in float32."""
+    normal = True
+    for group, rows in _parts(source):
+        factor = factors[group, rows] if factors.shape[1] > 1 else factors[group]
+        block = target[group, rows]
+        block.copy_(source[group, rows].to(torch.float64) * factor)
+        normal = bool(block.abs().amin() >= SMALLEST_NORMAL) and normal
+    return normal
+
+
+def _multiply_by_numpy(source: Tensor, factors: Tensor, target: Tensor) -> bool:
+    """The same for float32, with NumPy's buffered casts: no float64 copy, and one thread."""
+    a, b, out = source.numpy(), factors.numpy(), target.numpy()
+    normal = True
+    with np.errstate(all="ignore"):
+        for group, rows in _parts(source):
+            factor = b[group, rows] if b.shape[1] > 1 else b[group]
+            block = out[group, rows]
+            np.multiply(a[group, rows], factor, out=block, dtype=np.float64, casting="same_kind")
+            normal = bool(np.abs(block).min() >= SMALLEST_NORMAL) and normal
+    return normal
 
 
 def _flush(values: Tensor) -> int:

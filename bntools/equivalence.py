@@ -86,11 +86,18 @@ def find_truth(
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """A copy of a model in float64 on the CPU."""
+    """A copy of a model in float64 (complex numbers in complex128) on the CPU."""
+
+    def widen(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to("cpu", torch.complex128)
+        return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
     copied = duplicate(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scripted modules look at .grad of what is no leaf
-        copied.to(device="cpu", dtype=torch.float64)
+        # what .to() does, but that drops imaginary parts
+        copied._apply(widen)  # type: ignore[no-untyped-call]  # noqa: SLF001
     return copied
 
 
@@ -207,16 +214,34 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors and numbers in an output; anything else is nothing that could be compared."""
     if isinstance(value, Tensor):
         yield name, _plain(value.detach())
+    elif isinstance(value, (bool, int, float, complex)):
+        yield name, _plain(torch.tensor(value, device="cpu"))
+    elif isinstance(value, str):
+        codes = [ord(letter) for letter in value] or [0]
+        yield name, torch.tensor(codes, device="cpu")
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _named(f"{name}.{key}", item)
+            # repr tells 1 from "1", and "a.b" from b in a
+            plain = isinstance(key, str) and key.isidentifier()
+            yield from _named(f"{name}.{key}" if plain else f"{name}[{key!r}]", item)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _named(f"{name}[{index}]", item)
-    elif hasattr(value, "__dict__") and not callable(value):
-        yield from _named(name, vars(value))
+    else:
+        for attribute in _attributes(value):
+            yield from _named(f"{name}.{attribute}", getattr(value, attribute, None))
+
+
+def _attributes(value: Any) -> list[str]:
+    """What an object holds: in its dict, and in the slots of its classes."""
+    if value is None or isinstance(value, type) or callable(value):
+        return []
+    slots = (getattr(cls, "__slots__", ()) for cls in type(value).__mro__)
+    named = [s for each in slots for s in ([each] if isinstance(each, str) else each)]
+    return [n for n in (*getattr(value, "__dict__", {}), *named) if not n.startswith("__")]
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 _Snapshot = tuple[dict[str, Any], list[Any], list[Any], list[tuple[Any, str, Any]]]
+_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
 _CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, Counter, deque})
 
 
@@ -63,14 +65,19 @@ def is_unmade(module: nn.Module) -> bool:
     return any(t is not None and is_lazy(t) for table in tables for t in table.values())
 
 
+def _may_hold(value: Any) -> bool:
+    """An empty hook table holds nothing; whether a tensor is true is another question."""
+    return type(value) is not OrderedDict or bool(value)
+
+
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that modules keep without registering them, in lists and dicts as well."""
     for module in {id(module): module for _, module in named_modules(model)}.values():
         for name, value in module.__dict__.items():
+            if type(value) in _SIMPLE or name in _TABLES or not _may_hold(value):
+                continue
             if isinstance(value, Tensor):
                 yield value
-            elif name in ("_parameters", "_buffers"):
-                continue
             elif isinstance(value, dict):
                 yield from (item for item in value.values() if isinstance(item, Tensor))
             elif isinstance(value, (list, tuple)):
@@ -261,14 +268,15 @@ def _snapshot(module: nn.Module) -> _Snapshot:
     attributes = dict(module.__dict__)
     containers: list[Any] = []
     generators: list[tuple[Any, str, Any]] = []
-    pending = list(attributes.values())
+    pending = [value for value in attributes.values() if type(value) not in _SIMPLE]
     seen: set[int] = set()
     while pending:
         value = pending.pop()
         if type(value) in _CONTAINERS and id(value) not in seen:
             seen.add(id(value))
             containers.append(value)
-            pending.extend(value.values() if isinstance(value, dict) else value)
+            if value:
+                pending.extend(value.values() if isinstance(value, dict) else value)
         elif type(value).__name__ in _GENERATORS:
             generators.extend(_state_of(value))
     # most of them are empty hook tables: a copy of each would set off the garbage collector

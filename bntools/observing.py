@@ -47,8 +47,8 @@ class Observation:
     warnings: tuple[str, ...]
 
     def fresh(self, seed: int) -> Examples:
-        """Inputs that were not recorded, in a batch of two where the model takes that."""
-        doubled = self.examples.doubled()
+        """Inputs that were not recorded; inferred ones in a batch of two where that runs."""
+        doubled = self.examples.doubled() if self.examples.inferred else None
         batched = doubled is not None and self.second.batch == doubled.batch
         base = doubled if batched and doubled is not None else self.examples
         return base.varied(seed + _SEED + 1)

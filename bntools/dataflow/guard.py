@@ -13,7 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from bntools.dataflow.operations import operation
 from bntools.modules import loose_tensors, named_tensors
 
-__all__ = ["Guard", "storage_key", "untouched", "unwritten"]
+__all__ = ["Guard", "Watch", "rounding", "storage_key", "untouched", "unwritten"]
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode without dynamo, which torch would import at the first operation (1 s)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 class Guard:
@@ -71,11 +82,11 @@ def untouched(model: nn.Module) -> Iterator[list[str]]:
     result.extend(used)
 
 
-class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Uses(Watch):  # type: ignore[no-untyped-call]
     """Notes which of some tensors operations use."""
 
     def __init__(self, names: dict[int, str], used: dict[str, None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names = names
         self.used = used
 
@@ -91,11 +102,37 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+@contextmanager
+def rounding() -> Iterator[list[str]]:
+    """Collects the names of operations inside that round float64 numbers to a smaller dtype."""
+    found: list[str] = []
+    with _Rounding(found):
+        yield found
+
+
+class _Rounding(Watch):  # type: ignore[no-untyped-call]
+    """Notes casts from float64."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        dtype = (kwargs or {}).get("dtype")
+        first = args[0] if args else None
+        narrower = dtype is not None and dtype.is_floating_point and dtype != torch.float64
+        if narrower and isinstance(first, Tensor) and first.dtype == torch.float64:
+            self.found.append(operation(func).name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Writes(Watch):  # type: ignore[no-untyped-call]
     """Tells a guard of every write."""
 
     def __init__(self, guard: Guard) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.guard = guard
 
     def __torch_dispatch__(

@@ -13,7 +13,15 @@ from torch import Tensor
 from bntools.absorb import OutputLayout
 from bntools.dataflow.graph import Linear, Move, Value
 
-__all__ = ["BatchNormCall", "Operation", "batch_norm_call", "linear_call", "move", "operation"]
+__all__ = [
+    "BatchNormCall",
+    "Operation",
+    "batch_norm_call",
+    "linear_call",
+    "move",
+    "operation",
+    "tensors_of",
+]
 
 _WHOLE = {
     "view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "squeeze",
@@ -83,6 +91,17 @@ def operation(func: Any) -> Operation:
         _kind(func, name, writes=bool(writes)),
         name in _SHAPE_ONLY,
     )
+
+
+def tensors_of(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operation, which has no deeper nesting than lists."""
+    found: list[Tensor] = []
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found.extend(item for item in arg if isinstance(item, Tensor))
+    return found
 
 
 def _kind(func: Any, name: str, *, writes: bool) -> str:

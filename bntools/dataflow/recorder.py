@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bntools.dataflow.graph import Graph
-from bntools.dataflow.guard import Guard
+from bntools.dataflow.guard import Guard, Watch
 from bntools.dataflow.operations import operation
 from bntools.dataflow.tape import Tape, tensors_in
 from bntools.modules import loose_tensors, preserved
@@ -140,11 +139,11 @@ def _wrapped(arguments: Any) -> bool:
     return any(wrapped(tensor) for tensor in tensors_in(arguments))
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Operations(Watch):  # type: ignore[no-untyped-call]
     """Sees every ATen operation, after composite ones are taken apart."""
 
     def __init__(self, tape: Tape, guard: Guard) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tape = tape
         self.guard = guard
 
@@ -157,9 +156,10 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        written = list(operation(func).written(args, kwargs))
-        if written:
-            self.guard.keep(written)
-        out = func(*args, **kwargs)
-        self.tape.operation(func, args, kwargs, out, written)
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - looking at tensors is no function of the model
+            written = list(operation(func).written(args, kwargs))
+            if written:
+                self.guard.keep(written)
+            out = func(*args, **kwargs)
+            self.tape.operation(func, args, kwargs, out, written)
         return out

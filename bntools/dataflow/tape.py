@@ -14,7 +14,13 @@ from bntools.absorb import OutputLayout
 from bntools.affine import Affine
 from bntools.dataflow.graph import Frame, Graph, Kind, Linear, Node, Norm, Value
 from bntools.dataflow.layers import Ownership, norm_layers
-from bntools.dataflow.operations import batch_norm_call, linear_call, move, operation
+from bntools.dataflow.operations import (
+    batch_norm_call,
+    linear_call,
+    move,
+    operation,
+    tensors_of,
+)
 from bntools.dataflow.versions import Versions
 from bntools.registry import NormRule, host_rule, norm_rule
 from bntools.report import Reason
@@ -122,7 +128,7 @@ class Tape:
     ) -> None:
         """Turn one call into a node, and the tensors that it wrote into new versions."""
         known = operation(func)
-        inputs = [] if known.shape_only else [self.value(t) for t in tensors_in((args, kwargs))]
+        inputs = [] if known.shape_only else [self.value(t) for t in tensors_of(args, kwargs)]
         node = self._classify(func, args, kwargs, inputs)
         node.writes = [self.value(tensor) for tensor in written]
         constant = not known.random and all(value.constant for value in inputs)
@@ -206,11 +212,12 @@ class Tape:
         self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Run a module's call, and note what a planner has to know about it."""
+        whole = path in self._watched or host_rule(module) is not None
+        inputs: list[Value] = []
+        if module._forward_pre_hooks or whole:
+            inputs = self._seen((args, kwargs))
         if module._forward_pre_hooks:
-            self.use(f"a forward pre-hook of {path or 'the model'}", tensors_in((args, kwargs)))
-        rule = host_rule(module)
-        whole = path in self._watched or rule is not None
-        inputs = [self.value(t) for t in tensors_in((args, kwargs))] if whole else []
+            self._add(Kind.OUTPUT, f"a forward pre-hook of {path or 'the model'}", inputs)
         start = self.position
         self._stack.append(path)
         try:
@@ -218,7 +225,7 @@ class Tape:
         finally:
             self._stack.pop()
         if whole:
-            outputs = [self.value(tensor) for tensor in tensors_in(out)]
+            outputs = self._seen(out)
             if len(inputs) == len(outputs) == 1 and self._closed(start, inputs[0]):
                 self._as_one(module, path, start, inputs[0], outputs[0])
             if not isinstance(out, Tensor) or not _only_tensors(args, kwargs):
@@ -228,6 +235,11 @@ class Tape:
         if module._forward_hooks:
             self.use(f"a forward hook of {path or 'the model'}", tensors_in(out))
         return out
+
+    def _seen(self, values: Any) -> list[Value]:
+        """The values of the tensors in arguments or results."""
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - looking at tensors is no function of the model
+            return [self.value(tensor) for tensor in tensors_in(values)]
 
     def _as_one(self, module: nn.Module, path: str, start: int, data: Value, out: Value) -> None:
         """Make a registered layer one node, where no operation inside says what it does."""
