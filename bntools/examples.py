@@ -149,6 +149,9 @@ def _shapes(model: nn.Module) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
         yield (1, 16), torch.int64
         return
     rank = _spatial_rank(layer)
+    if rank == 2 and channels == 3 and not getattr(layer, "transposed", False):
+        size = _SIZES[rank][0]
+        yield (1, 3, size, size), torch.float32  # most models, without a probe
     for count in _channel_counts(model, layer, channels):
         if rank == 0:
             yield (2, count), torch.float32
