@@ -113,17 +113,10 @@ class Decision:
         return dict(as_json(self))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One decision for every norm layer, in execution order; making it changes nothing.
-
-    `inputs` describes the inputs that were recorded, `warnings` what the user should know.
-    """
+class _Decided:
+    """What plans and reports have in common: one decision for every norm layer."""
 
     decisions: tuple[Decision, ...]
-    inputs: str = ""
-    warnings: tuple[str, ...] = ()
-    compiled: Any = field(default=None, repr=False, compare=False)
 
     @property
     def folds(self) -> tuple[Decision, ...]:
@@ -134,6 +127,19 @@ class Plan:
     def kept(self) -> tuple[Decision, ...]:
         """The decisions that keep."""
         return tuple(d for d in self.decisions if d.action is Action.KEEP)
+
+
+@dataclass(frozen=True)
+class Plan(_Decided):
+    """One decision for every norm layer, in execution order; making it changes nothing.
+
+    `inputs` describes the inputs that were recorded, `warnings` what the user should know.
+    """
+
+    decisions: tuple[Decision, ...]
+    inputs: str = ""
+    warnings: tuple[str, ...] = ()
+    compiled: Any = field(default=None, repr=False, compare=False)
 
     def summary(self) -> str:
         """The last line that the command line prints."""
@@ -251,7 +257,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(_Decided):
     """The certificate of a surgery: what happened to each norm layer and why, and the proof."""
 
     verb: str
@@ -262,16 +268,6 @@ class Report:
     flushed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def folds(self) -> tuple[Decision, ...]:
-        """The decisions that were carried out."""
-        return tuple(d for d in self.decisions if d.action is Action.FOLD)
-
-    @property
-    def kept(self) -> tuple[Decision, ...]:
-        """The norm layers that are still there."""
-        return tuple(d for d in self.decisions if d.action is Action.KEEP)
 
     def summary(self) -> str:
         """The last line that the command line prints."""
