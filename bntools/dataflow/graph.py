@@ -23,13 +23,11 @@ __all__ = ["Frame", "Graph", "Kind", "Linear", "Move", "Node", "Norm", "NormLaye
 class Kind(Enum):
     """What an operation is to a per-channel affine.
 
-    PARAMETER has no inputs and is a parameter or buffer of the model, SOURCE a model input or a
-    tensor whose origin was not seen; LINEAR can absorb an affine, AFFINE is one, MOVE only moves
-    data, OPAQUE does anything; OUTPUT uses values outside of the recorded forward.
+    LINEAR can absorb an affine, AFFINE is one, MOVE only moves data, OPAQUE does anything; OUTPUT
+    uses values outside of the recorded forward. Values without a producer are parameters, inputs
+    of the model, and tensors whose origin was not seen.
     """
 
-    PARAMETER = "parameter"
-    SOURCE = "source"
     LINEAR = "linear"
     AFFINE = "affine"
     MOVE = "move"
