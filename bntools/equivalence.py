@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from bntools.dataflow.guard import unwritten
 from bntools.errors import InputError, NondeterministicError
 from bntools.examples import Examples, given
-from bntools.modules import duplicate, named_modules, named_tensors, preserved, unwrap
+from bntools.modules import (
+    duplicate,
+    floating_tensors,
+    named_modules,
+    named_tensors,
+    preserved,
+    unwrap,
+)
 from bntools.report import Equivalence
 from bntools.tolerance import BLIND_FACTOR, EPS_FACTOR, FACTOR, judge
 
@@ -256,12 +263,11 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    floats = (t.dtype for *_, t in named_tensors(model) if t.is_floating_point())
-    return next(floats, torch.float32)
+    return next((t.dtype for t in floating_tensors(model)), torch.float32)
 
 
 def _coarsest(model: nn.Module) -> torch.dtype:
-    floats = (t.dtype for *_, t in named_tensors(model) if t.is_floating_point())
+    floats = (tensor.dtype for tensor in floating_tensors(model))
     return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bntools.errors import InputError
-from bntools.modules import named_modules, named_tensors, preserved
+from bntools.modules import floating_tensors, named_modules, preserved
 
 __all__ = ["Examples", "candidates", "given"]
 
@@ -126,9 +126,7 @@ def given(example_inputs: Any) -> Examples:
 def candidates(model: nn.Module) -> Iterator[Examples]:
     """Inputs that a model may take, the likeliest first; the caller tries them."""
     generator = torch.Generator().manual_seed(0)
-    like = next(
-        (t for *_, t in named_tensors(model) if t.is_floating_point()), torch.zeros(1, device="cpu")
-    )
+    like = next(floating_tensors(model), torch.zeros(1, device="cpu"))
     for shape, dtype in _shapes(model):
         if dtype == torch.int64:
             first = torch.randint(0, 10, shape, generator=generator, device="cpu").to(like.device)
@@ -223,7 +221,7 @@ def _first_run(model: nn.Module, example: Tensor) -> tuple[nn.Module, int, int] 
         if _expected(module):
             raise _Stop(module, inputs)
 
-    like = next((t for *_, t in named_tensors(model) if t.is_floating_point()), example)
+    like = next(floating_tensors(model), example)
     hook = nn.modules.module.register_module_forward_pre_hook(stop)
     try:
         with preserved(model), torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bntools.errors import InputError
 from bntools.examples import Examples, given
-from bntools.modules import named_tensors
+from bntools.modules import floating_tensors
 
 __all__ = ["read_inputs", "shaped_inputs"]
 
@@ -89,9 +89,7 @@ def shaped_inputs(
 
 
 def _first_floating(model: nn.Module | None) -> Tensor | None:
-    if model is None:
-        return None
-    return next((t for *_, t in named_tensors(model) if t.is_floating_point()), None)
+    return None if model is None else next(floating_tensors(model), None)
 
 
 # ---- shapes --------------------------------------------------------------------------------------

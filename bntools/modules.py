@@ -18,6 +18,7 @@ from bntools.errors import PlanError, SurgeryError
 
 __all__ = [
     "duplicate",
+    "floating_tensors",
     "get_module",
     "is_unmade",
     "loose_tensors",
@@ -94,6 +95,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
             for name, tensor in table.items():
                 if tensor is not None and not is_lazy(tensor):
                     yield path, module, name, tensor
+
+
+def floating_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The floating parameters and buffers; the first of them says what dtype inputs have."""
+    return (tensor for *_, tensor in named_tensors(model) if tensor.is_floating_point())
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
