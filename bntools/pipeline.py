@@ -44,7 +44,7 @@ def fold(
     only: Patterns = "*",
     skip: Patterns = (),
     seed: int = 0,
-) -> Result:
+) -> Result[Report]:
     """Fold the norm layers of a model into its linear layers, and prove the result.
 
     The argument is left as it was; the result is a copy in eval mode, checked on fresh inputs

@@ -28,7 +28,7 @@ StrPath = str | os.PathLike[str]
 Writer = Callable[[IO[bytes]], object]
 
 
-def save(result_or_model: Result | nn.Module, path: StrPath, *, force: bool = False) -> None:
+def save(result_or_model: Result[Any] | nn.Module, path: StrPath, *, force: bool = False) -> None:
     """Write a model, or the result of a surgery, to a file that `bntools.load` reads.
 
     The file is a dict with the whole module under "model", the edits that were made to it under
@@ -196,7 +196,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _parts(result_or_model: Result | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
+def _parts(result_or_model: Result[Any] | nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
     model = result_or_model.model if isinstance(result_or_model, Result) else result_or_model
     if not isinstance(model, nn.Module):
         raise SaveError(

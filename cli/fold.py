@@ -94,7 +94,7 @@ def _fold(job: Job, output: Path, *, strict: bool) -> None:
         click.get_current_context().exit(1)
 
 
-def _save(job: Job, result: Result, output: Path) -> str | None:
+def _save(job: Job, result: Result[Report], output: Path) -> str | None:
     if not result.report.folds:
         job.console.note("nothing was folded, so no model is written")
         return None

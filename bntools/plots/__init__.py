@@ -1,0 +1,1 @@
+"""Figures of reports; matplotlib is imported when one is drawn."""
