@@ -10,77 +10,179 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bntools.affine import Affine
-    from bntools.equivalence import verify
+    from bntools.calibrating import CalibrationStats, calibration_stats, read_stats
+    from bntools.calibration.options import RecalibrationOptions
+    from bntools.data import Data, read_data
+    from bntools.distributed import Processes, processes
+    from bntools.drawing import check_plot, write_plot
+    from bntools.drift import diff
     from bntools.errors import BNToolsError
+    from bntools.evaluation import Accuracy, accuracy, read_function, read_metric
     from bntools.inputs import read_inputs, shaped_inputs
     from bntools.inspection import inspect
-    from bntools.loading import load, read_model
+    from bntools.loading import is_onnx, load, read_model
+    from bntools.naming import named_target
     from bntools.pipeline import fold
     from bntools.planning import plan_fold
+    from bntools.preprocessing import Preprocessing
+    from bntools.publishing import ExportOptions, export_onnx
+    from bntools.recalibrating import recalibrate
     from bntools.registry import register_host, register_norm
+    from bntools.replacing import ReplaceOptions, replace
     from bntools.report import (
         Action,
         Decision,
+        Difference,
         Equivalence,
+        ExportReport,
+        FreezeReport,
         Inspection,
         Plan,
+        Progress,
         Reason,
+        RecalibrationReport,
+        ReplacementReport,
         Report,
         Result,
     )
     from bntools.saving import check_writable, save, write_report
+    from bntools.surgery.freezing import freeze, unfreeze, unsync
+    from bntools.targets import (
+        ToEvoNormB0,
+        ToEvoNormS0,
+        ToGroupNorm,
+        ToInstanceNorm,
+        ToLayerNorm,
+    )
+    from bntools.verifying import Reference, verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Accuracy": "evaluation",
     "Action": "report",
     "Affine": "affine",
     "BNToolsError": "errors",
+    "CalibrationStats": "calibrating",
+    "Data": "data",
     "Decision": "report",
+    "Difference": "report",
     "Equivalence": "report",
+    "ExportOptions": "publishing",
+    "ExportReport": "report",
+    "FreezeReport": "report",
     "Inspection": "report",
     "Plan": "report",
+    "Preprocessing": "preprocessing",
+    "Processes": "distributed",
+    "Progress": "report",
     "Reason": "report",
+    "RecalibrationOptions": "calibration.options",
+    "RecalibrationReport": "report",
+    "Reference": "verifying",
+    "ReplaceOptions": "replacing",
+    "ReplacementReport": "report",
     "Report": "report",
     "Result": "report",
+    "ToEvoNormB0": "targets",
+    "ToEvoNormS0": "targets",
+    "ToGroupNorm": "targets",
+    "ToInstanceNorm": "targets",
+    "ToLayerNorm": "targets",
+    "accuracy": "evaluation",
+    "calibration_stats": "calibrating",
+    "check_plot": "drawing",
     "check_writable": "saving",
+    "diff": "drift",
+    "export_onnx": "publishing",
     "fold": "pipeline",
+    "freeze": "surgery.freezing",
     "inspect": "inspection",
+    "is_onnx": "loading",
     "load": "loading",
+    "named_target": "naming",
     "plan_fold": "planning",
+    "processes": "distributed",
+    "read_data": "data",
+    "read_function": "evaluation",
     "read_inputs": "inputs",
+    "read_metric": "evaluation",
     "read_model": "loading",
+    "read_stats": "calibrating",
+    "recalibrate": "recalibrating",
     "register_host": "registry",
     "register_norm": "registry",
+    "replace": "replacing",
     "save": "saving",
     "shaped_inputs": "inputs",
-    "verify": "equivalence",
+    "unfreeze": "surgery.freezing",
+    "unsync": "surgery.freezing",
+    "verify": "verifying",
+    "write_plot": "drawing",
     "write_report": "saving",
 }
 
 __all__ = [
+    "Accuracy",
     "Action",
     "Affine",
     "BNToolsError",
+    "CalibrationStats",
+    "Data",
     "Decision",
+    "Difference",
     "Equivalence",
+    "ExportOptions",
+    "ExportReport",
+    "FreezeReport",
     "Inspection",
     "Plan",
+    "Preprocessing",
+    "Processes",
+    "Progress",
     "Reason",
+    "RecalibrationOptions",
+    "RecalibrationReport",
+    "Reference",
+    "ReplaceOptions",
+    "ReplacementReport",
     "Report",
     "Result",
+    "ToEvoNormB0",
+    "ToEvoNormS0",
+    "ToGroupNorm",
+    "ToInstanceNorm",
+    "ToLayerNorm",
+    "accuracy",
+    "calibration_stats",
+    "check_plot",
     "check_writable",
+    "diff",
+    "export_onnx",
     "fold",
+    "freeze",
     "inspect",
+    "is_onnx",
     "load",
+    "named_target",
     "plan_fold",
+    "processes",
+    "read_data",
+    "read_function",
     "read_inputs",
+    "read_metric",
     "read_model",
+    "read_stats",
+    "recalibrate",
     "register_host",
     "register_norm",
+    "replace",
     "save",
     "shaped_inputs",
+    "unfreeze",
+    "unsync",
     "verify",
+    "write_plot",
     "write_report",
 ]
 

@@ -1,70 +1,58 @@
-"""Equivalence of two models, judged against float64 truth."""
+"""Equivalence with a PyTorch model: what it gives in float64, and how a candidate compares."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bntools.dataflow.guard import unwritten
-from bntools.errors import InputError, NondeterministicError
-from bntools.examples import Examples, given
+from bntools.detections import align
+from bntools.errors import BNToolsError, InputError, NondeterministicError
+from bntools.examples import Examples
+from bntools.measuring import Measure
 from bntools.modules import (
     duplicate,
     floating_tensors,
     named_modules,
     named_tensors,
     preserved,
-    unwrap,
 )
+from bntools.outputs import Outputs, flatten
+from bntools.randomness import random_module
 from bntools.report import Equivalence
-from bntools.tolerance import BLIND_FACTOR, EPS_FACTOR, FACTOR, judge
+from bntools.runtimes.precision import tf32
+from bntools.tolerance import BLIND_FACTOR, EPS_FACTOR, FACTOR, Limit
 
-__all__ = ["Outputs", "Truth", "compare", "find_truth", "in_float64", "run", "verify"]
+__all__ = [
+    "Comparison",
+    "Outputs",
+    "Truth",
+    "coarsest_of",
+    "compare",
+    "device_of",
+    "dtype_of",
+    "find_truth",
+    "forward",
+    "in_float64",
+    "nearly",
+    "run",
+]
 
-Outputs = dict[str, Tensor]
 _SAMPLE = 4096
-
-
-def verify(reference: nn.Module, candidate: nn.Module, inputs: Any) -> Equivalence:
-    """Judge whether two models in eval mode give the same outputs.
-
-    The truth is the reference in float64 on the CPU; the candidate's relative L2 error may be
-    `max(4 * the reference's own error, 8 * eps of the dtype)`. `inputs` is a tensor, a tuple of
-    positional arguments or a dict of keyword arguments. The answer is falsy where the models
-    differ; a NaN, another shape, or nothing to compare is never a pass.
-
-    Raises `InputError` where the reference does not run on the inputs, `NondeterministicError`
-    where two of its forwards differ.
-
-    Example:
-        >>> import copy, torch, bntools
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2)).eval()
-        >>> other = copy.deepcopy(model)
-        >>> x = torch.ones(3, 4)
-        >>> bool(bntools.verify(model, other, x))
-        True
-        >>> _ = other[1].running_mean.add_(0.001)
-        >>> bool(bntools.verify(model, other, x))
-        False
-    """
-    examples = given(inputs)
-    reference, candidate = unwrap(reference), unwrap(candidate)
-    truth = find_truth(reference, examples)
-    outputs, _ = run(candidate, examples.cast(_dtype(candidate), _device(candidate)))
-    return compare(truth, outputs, inputs=str(examples))
 
 
 @dataclass(frozen=True)
 class Truth:
     """What the reference gives: in float64 (or in its own dtype, where it cannot), and natively.
 
-    `layers` are samples of what some of its layers give in float64.
+    `layers` are samples of what some of its layers give in float64. `note` says why there is no
+    float64 truth, or how it was found.
     """
 
     exact: Outputs
@@ -75,19 +63,27 @@ class Truth:
     coarsest: torch.dtype
     is_float64: bool
     double: nn.Module | None = None
+    note: str = ""
+    measured_in: torch.dtype | None = None
+
+    @property
+    def measured(self) -> torch.dtype:
+        """The arithmetic in which the reference's own error was measured."""
+        return self.measured_in or self.coarsest
 
 
 def find_truth(
     reference: nn.Module, examples: Examples, *, keep: bool = False, watch: Sequence[str] = ()
 ) -> Truth:
     """Run the reference natively, twice, and in float64 once; `keep` keeps the float64 copy."""
-    dtype, coarsest = _dtype(reference), _coarsest(reference)
-    native, seen = _natively(reference, examples.cast(dtype, _device(reference)), watch)
+    dtype, coarsest = dtype_of(reference), coarsest_of(reference)
+    native, seen = _natively(reference, examples.cast(dtype, device_of(reference)), watch)
     double = in_float64(reference)
     try:
         exact, layers = run(double, examples.cast(torch.float64, "cpu"), watch=watch)
     except Exception:  # noqa: BLE001 - a dtype or device is hard-coded somewhere in the model
-        return Truth(native, native, seen, seen, dtype, coarsest, is_float64=False)
+        note = "the reference does not run in float64: no exact truth"
+        return Truth(native, native, seen, seen, dtype, coarsest, is_float64=False, note=note)
     kept = double if keep else None
     return Truth(exact, native, layers, seen, dtype, coarsest, is_float64=True, double=kept)
 
@@ -114,23 +110,44 @@ def _natively(
     try:
         outputs, layers = run(reference, examples, watch=watch)
         again, _ = run(reference, examples, seed=1)
+    except BNToolsError:
+        raise
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise InputError(
             f"Cannot run the reference on {examples}: {type(error).__name__}: {why}."
             " Give inputs that it accepts."
         ) from error
-    for name, tensor in outputs.items():
-        other = again.get(name)
-        if other is None or other.shape != tensor.shape or not _nearly(tensor, other):
-            raise NondeterministicError(
-                f"Cannot judge {name}: two forwards of the reference on the same input differ, so"
-                " equality means nothing. Turn off what draws random numbers (dropout, sampling)."
-            )
+    check_repeats(outputs, again, "the reference", reference, examples)
     return outputs, layers
 
 
-def _nearly(a: Tensor, b: Tensor) -> bool:
+def check_repeats(
+    first: Outputs, again: Outputs, whose: str, model: nn.Module | None, examples: Examples
+) -> None:
+    """Refuse a model of which two forwards differ; a module that draws is named.
+
+    Raises `NondeterministicError`.
+    """
+    for name, tensor in first.items():
+        other = again.get(name)
+        if other is not None and other.shape == tensor.shape and nearly(tensor, other):
+            continue
+        guilty = "" if model is None else random_module(model, _seeded(model, examples))
+        where = f": {guilty} draws random numbers" if guilty else ""
+        raise NondeterministicError(
+            f"Cannot judge {name}: two forwards of {whose} on the same input differ{where}, so"
+            " equality means nothing. Turn off what draws random numbers (dropout, stochastic"
+            " depth, sampling), as model.eval() does."
+        )
+
+
+def _seeded(model: nn.Module, examples: Examples) -> Any:
+    return lambda seed: forward(model, examples, seed=seed)
+
+
+def nearly(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs differ by no more than the order of additions explains."""
     if not a.is_floating_point():
         return torch.equal(a, b)
     scale = float(a.abs().nan_to_num(0.0).max()) if a.numel() else 0.0
@@ -142,50 +159,98 @@ def compare(
     truth: Truth, outputs: Mapping[str, Tensor], *, inputs: str = "", allowed: float | None = None
 ) -> Equivalence:
     """Judge outputs against the truth; `allowed` is a limit in place of the one that follows."""
-    absolute = allowed is not None or not truth.is_float64
-    if allowed is None and not truth.is_float64:
-        allowed = BLIND_FACTOR * torch.finfo(truth.coarsest).eps
-    names = dict.fromkeys((*truth.exact, *outputs))
-    nothing = torch.empty(0, device="cpu")
-    judged = tuple(
-        judge(
-            name,
-            truth.exact.get(name, nothing),
-            truth.native.get(name, nothing),
-            outputs.get(name, nothing),
-            dtype=truth.coarsest,
-            allowed=allowed,
+    comparison = Comparison(allowed=allowed)
+    comparison.add(truth, outputs)
+    return comparison.result(inputs)
+
+
+@dataclass
+class Comparison:
+    """Judges a candidate over any number of batches, each with its own truth.
+
+    `eps` is one rounding of the arithmetic that the candidate runs in, where that is coarser than
+    its dtypes tell; `coarser` how many times coarser than that of the reference's own error.
+    """
+
+    allowed: float | None = None
+    eps: float = 0.0
+    coarser: float = 1.0
+    _measures: dict[str, Measure] = field(default_factory=dict)
+    _truth: Truth | None = None
+
+    def add(self, truth: Truth, outputs: Mapping[str, Tensor]) -> None:
+        """One batch."""
+        self._truth = self._truth if self._truth and not self._truth.is_float64 else truth
+        limit = self._limit(truth)
+        nothing = torch.empty(0, device="cpu")
+        rows = align(truth.exact, truth.native, outputs, eps=limit.eps)
+        for name, (own, mine) in rows.odd.items():
+            strict = replace(limit, share=0.0)
+            measure = self._measures.setdefault(name, Measure(name, strict))
+            measure.add(torch.zeros_like(own), own, mine)
+        for name in dict.fromkeys((*rows.exact, *rows.given)):
+            classes = name not in rows.paired
+            self._measures.setdefault(name, Measure(name, limit, classes=classes)).add(
+                rows.exact.get(name, nothing),
+                rows.native.get(name, nothing),
+                rows.given.get(name, nothing),
+            )
+
+    def _limit(self, truth: Truth) -> Limit:
+        eps = max(self.eps, torch.finfo(truth.coarsest).eps)
+        allowed = self.allowed
+        if allowed is None and not truth.is_float64:
+            allowed = BLIND_FACTOR * eps
+        return Limit(eps, allowed, self.coarser)
+
+    def result(self, inputs: str = "", notes: Sequence[str] = ()) -> Equivalence:
+        """The judgement over all batches."""
+        truth = self._truth
+        if truth is None:
+            return Equivalence((), "none", "none", FACTOR, EPS_FACTOR, inputs)
+        told = [truth.note] if truth.note else []
+        return Equivalence(
+            tuple(measure.result() for measure in self._measures.values()),
+            truth="float64" if truth.is_float64 else _name(truth.dtype),
+            dtype=_name(truth.dtype),
+            factor=FACTOR,
+            eps_factor=EPS_FACTOR if truth.is_float64 else BLIND_FACTOR,
+            inputs=inputs,
+            notes=(*told, *notes),
+            absolute=self.allowed is not None or not truth.is_float64,
         )
-        for name in names
-    )
-    notes = () if truth.is_float64 else ("the reference does not run in float64: no exact truth",)
-    return Equivalence(
-        judged,
-        truth="float64" if truth.is_float64 else _name(truth.dtype),
-        dtype=_name(truth.dtype),
-        factor=FACTOR,
-        eps_factor=EPS_FACTOR if truth.is_float64 else BLIND_FACTOR,
-        inputs=inputs,
-        notes=notes,
-        absolute=absolute,
-    )
 
 
 def run(
-    model: nn.Module, examples: Examples, *, seed: int = 0, watch: Sequence[str] = ()
+    model: nn.Module,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    watch: Sequence[str] = (),
+    allow_tf32: bool = False,
 ) -> tuple[Outputs, Outputs]:
     """One forward in eval mode that leaves no trace: the outputs by name, and layers by path.
 
     For each module in `watch` a sample of at most 4096 evenly spaced values is kept per call.
     """
     layers: dict[str, list[Tensor]] = {}
-    with preserved(model), unwritten(model), torch.no_grad(), _watching(model, watch, layers):
+    with _watching(model, watch, layers):
+        out = forward(model, examples, seed=seed, allow_tf32=allow_tf32)
+    return flatten(out), {path: torch.cat(calls) for path, calls in layers.items()}
+
+
+def forward(
+    model: nn.Module, examples: Examples, *, seed: int = 0, allow_tf32: bool = False
+) -> Any:
+    """What one forward in eval mode gives, with every trace of it undone."""
+    on_gpu = device_of(model).type == "cuda"
+    precision = tf32(allow_tf32) if on_gpu else nullcontext()
+    with preserved(model), unwritten(model), torch.no_grad(), precision:
         _seed(seed)
         if model.training:
             model.eval()
         fed = examples.copied()
-        out = model(*fed.args, **fed.kwargs)
-    return dict(_named("output", out)), {path: torch.cat(calls) for path, calls in layers.items()}
+        return model(*fed.args, **fed.kwargs)
 
 
 @contextmanager
@@ -198,7 +263,7 @@ def _watching(
         if path in wanted:
 
             def keep(_: nn.Module, __: Any, out: Any, path: str = path) -> None:
-                seen.setdefault(path, []).extend(_sample(t) for _, t in _named("", out))
+                seen.setdefault(path, []).extend(map(_sample, flatten(out).values()))
 
             handles.append(module.register_forward_hook(keep))
     try:
@@ -220,58 +285,19 @@ def _sample(tensor: Tensor) -> Tensor:
     return values[:: max(1, values.numel() // _SAMPLE)][:_SAMPLE].to("cpu", copy=True)
 
 
-def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors and numbers in an output; anything else is nothing that could be compared."""
-    if isinstance(value, Tensor):
-        yield name, _plain(value.detach())
-    elif isinstance(value, (bool, int, float, complex)):
-        yield name, _plain(torch.tensor(value, device="cpu"))
-    elif isinstance(value, str):
-        codes = [ord(letter) for letter in value] or [0]
-        yield name, torch.tensor(codes, device="cpu")
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            # repr tells 1 from "1", and "a.b" from b in a
-            plain = isinstance(key, str) and key.isidentifier()
-            yield from _named(f"{name}.{key}" if plain else f"{name}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _named(f"{name}[{index}]", item)
-    else:
-        for attribute in _attributes(value):
-            yield from _named(f"{name}.{attribute}", getattr(value, attribute, None))
-
-
-def _attributes(value: Any) -> list[str]:
-    """What an object holds: in its dict, and in the slots of its classes."""
-    if value is None or isinstance(value, type) or callable(value):
-        return []
-    slots = (getattr(cls, "__slots__", ()) for cls in type(value).__mro__)
-    named = [s for each in slots for s in ([each] if isinstance(each, str) else each)]
-    return [n for n in (*getattr(value, "__dict__", {}), *named) if not n.startswith("__")]
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A dense tensor of ordinary numbers."""
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating tensor, which says what inputs have."""
     return next((t.dtype for t in floating_tensors(model)), torch.float32)
 
 
-def _coarsest(model: nn.Module) -> torch.dtype:
+def coarsest_of(model: nn.Module) -> torch.dtype:
+    """The coarsest floating dtype in a model."""
     floats = (tensor.dtype for tensor in floating_tensors(model))
     return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor is."""
     return next((t.device for *_, t in named_tensors(model)), torch.device("cpu"))
 
 

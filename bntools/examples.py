@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bntools.errors import InputError
 from bntools.modules import floating_tensors, named_modules, preserved
 
-__all__ = ["Examples", "candidates", "given"]
+__all__ = ["Examples", "candidates", "given", "positional"]
 
 _SIZES = {
     1: (256, 1024, 64, 16000),
@@ -28,11 +28,12 @@ _BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
 
 @dataclass(frozen=True)
 class Examples:
-    """The arguments of one forward."""
+    """The arguments of one forward; `drawn` are random, so that others say as much."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     inferred: bool = False
+    drawn: bool = False
 
     def __str__(self) -> str:
         return ", ".join([*map(_described, self.args), *self._named()])
@@ -90,6 +91,12 @@ class Examples:
     def batch(self) -> int | None:
         """The first dimension that all tensors share, or None."""
         sizes = {tensor.shape[0] if tensor.dim() > 1 else None for tensor in self.tensors()}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
+    def shared_size(self) -> int | None:
+        """The first dimension of all tensors that have dimensions, or None where these differ."""
+        sizes = {tensor.shape[0] for tensor in self.tensors() if tensor.dim()}
         return sizes.pop() if len(sizes) == 1 else None
 
     def tensors(self) -> list[Tensor]:
@@ -239,13 +246,21 @@ def _first_run(model: nn.Module, example: Tensor) -> tuple[nn.Module, int, int] 
 
 def _required(model: nn.Module) -> int:
     """How many positional arguments `forward` insists on, at least one."""
+    return max(1, sum(p.default is p.empty for p in _parameters(model)))
+
+
+def positional(model: nn.Module) -> int:
+    """How many positional arguments `forward` takes: at least one, the optional ones included."""
+    return max(1, len(_parameters(model)))
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
-        return 1
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return max(1, len(needed))
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p for p in parameters if p.kind in kinds]
 
 
 def _described(value: Any) -> str:

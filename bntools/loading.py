@@ -31,7 +31,7 @@ from bntools.pickles import Examined, examine
 from bntools.recipe import Recipe, mark
 from bntools.trust import AllowList, Leftover, Refusal
 
-__all__ = ["FORMATS", "Format", "Loaded", "load", "read", "read_model"]
+__all__ = ["FORMATS", "Format", "Loaded", "is_onnx", "load", "read", "read_model"]
 
 _HEAD = 512
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -340,6 +340,12 @@ def _is_onnx(probe: Probe) -> bool:
     # A protobuf message: the IR version, then a field of ModelProto.
     fields = re.match(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]", probe.head)
     return fields is not None or probe.path.suffix == ".onnx"
+
+
+def is_onnx(source: str | os.PathLike[str]) -> bool:
+    """Whether a file is an ONNX model, by its content or its name."""
+    path = Path(source)
+    return path.suffix == ".onnx" if not path.is_file() else _is_onnx(_probe(path))
 
 
 def _is_text(probe: Probe) -> bool:

@@ -15,10 +15,12 @@ from typing import IO, Any
 
 import torch
 
+from bntools.norms.frozen import frozen_class
 from bntools.trust import (
     DICT,
     DOTTED,
     LIST,
+    REBUILD,
     SHARED,
     UNKNOWN,
     AllowList,
@@ -106,6 +108,7 @@ class _Scan:
         self.examined = Examined()
         self.names: dict[str, set[str]] = {}
         self.forbidden: list[str] = []
+        self.rebuilt: set[str] = set()
         self.special: dict[str, Callable[[Any, int], None]] = {
             "PROTO": self._proto,
             "STOP": self._stop,
@@ -148,7 +151,19 @@ class _Scan:
             self.examined.grants.append((container_class, _CONTAINER))
         if unknown or self.forbidden:
             raise Refusal(_refusal(unknown, self.forbidden))
+        self._grant_rebuilt()
         return self.examined
+
+    def _grant_rebuilt(self) -> None:
+        """Torch sets the state of what `rebuild` gives only if it knows its class."""
+        for name in sorted(self.rebuilt):
+            grant = self.allowed.grant(name)
+            if grant is None or not isinstance(grant.target, type):
+                raise Refusal(f"it rebuilds {name}, which is no class")
+            try:
+                self.examined.grants.append((frozen_class(grant.target), f"{REBUILD}({name})"))
+            except TypeError as error:
+                raise Refusal(f"it rebuilds {name}, which cannot be frozen") from error
 
     def _contain(self, name: str, position: int) -> None:
         """Tuples, and what goes into lists, dicts and objects."""
@@ -238,6 +253,8 @@ class _Scan:
             return
         if grant.call is None or not grant.call(arguments.items):
             self.forbidden.append(f"it calls {function.name}")
+        elif function.name == REBUILD:
+            self.rebuilt.add(arguments.items[0].name)
         if isinstance(grant.target, type) and issubclass(grant.target, Enum):
             self.stack[-1] = SHARED
 

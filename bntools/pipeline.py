@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from bntools.dataflow.reach import Refused
+from bntools.equivalence import Truth
+from bntools.examples import Examples
 from bntools.modules import duplicate, unwrap
 from bntools.planning import (
     Compiled,
@@ -29,7 +31,7 @@ from bntools.report import Check, Decision, Plan, Reason, Report, Result
 from bntools.resources import peak_memory
 from bntools.surgery.folding import Folded, fold_copy
 
-__all__ = ["fold"]
+__all__ = ["Carried", "carry_out", "fold", "timed", "versions"]
 
 _MOST_CULPRITS = 16
 LayerErrors = Mapping[str, tuple[float | None, float]]
@@ -66,23 +68,57 @@ def fold(
         )
     """
     seconds: dict[str, float] = {}
-    with _timed(seconds, "plan"):
+    with timed(seconds, "plan"):
         if plan is None:
             plan = plan_fold(model, example_inputs, only=only, skip=skip)
+    return carry_out(plan, model, seconds, seed=seed).result
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A fold, and the truth about the original that its check found on `examples`.
+
+    `truth` is None where nothing was checked, or not by the model's outputs.
+    """
+
+    result: Result[Report]
+    truth: Truth | None = None
+    examples: Examples | None = None
+
+
+def carry_out(
+    plan: Plan,
+    model: nn.Module,
+    seconds: dict[str, float],
+    *,
+    seed: int,
+    examples: Examples | None = None,
+) -> Carried:
+    """Fold as a plan says, and prove it on inputs drawn from `seed`, or on those given."""
     if not plan.decisions:
-        return Result(duplicate(unwrap(model)), _report(plan, None, 0, seconds), recipe_of(model))
+        unchanged = duplicate(unwrap(model))
+        return Carried(Result(unchanged, _report(plan, None, 0, seconds), recipe_of(model)))
     compiled = compiled_for(plan, model)
-    with _timed(seconds, "fold"):
+    with timed(seconds, "fold"):
         folded = fold_copy(compiled.seen.model, compiled.folds)
-    check = None
+    check = prover = None
     if plan.folds:
-        with _timed(seconds, "check"):
-            plan, folded, check, layers = _proven(plan, compiled, folded, seed)
-            plan = replace(plan, decisions=_with_errors(plan.decisions, layers))
+        with timed(seconds, "check"), peak_memory() as peak:
+            prover = Prover(
+                compiled.seen.model,
+                compiled.seen.fresh(seed) if examples is None else examples,
+                [d.path for d in plan.folds],
+            )
+            plan, folded, check, layers = _proven(plan, compiled, folded, prover)
+        plan = replace(plan, decisions=_with_errors(plan.decisions, layers))
+        check = replace(check, seed=seed, peak_bytes=peak.bytes)
     recipe = recipe_of(compiled.seen.model).then(folded.recipe)
     if recipe.edits:
         mark(folded.model, recipe)
-    return Result(folded.model, _report(plan, check, folded.flushed, seconds), recipe)
+    result = Result(folded.model, _report(plan, check, folded.flushed, seconds), recipe)
+    if prover is None or prover.by_layer:
+        return Carried(result)
+    return Carried(result, prover.truth, prover.examples)
 
 
 def _report(plan: Plan, check: Check | None, flushed: int, seconds: dict[str, float]) -> Report:
@@ -94,33 +130,27 @@ def _report(plan: Plan, check: Check | None, flushed: int, seconds: dict[str, fl
         warnings=plan.warnings,
         flushed=flushed,
         seconds=seconds,
-        versions=_versions(),
+        versions=versions(),
     )
 
 
 def _proven(
-    plan: Plan, compiled: Compiled, folded: Folded, seed: int
+    plan: Plan, compiled: Compiled, folded: Folded, prover: Prover
 ) -> tuple[Plan, Folded, Check, LayerErrors]:
     """Check a fold, and undo one after the other the folds that make the check fail."""
-    seen = compiled.seen
-    examples = seen.fresh(seed)
     refused: dict[str, Refused] = {}
-    with peak_memory() as peak:
-        prover = Prover(seen.model, examples, [d.path for d in plan.folds])
+    proof = _attempt(prover, compiled, folded)
+    while not proof and compiled.folds:
+        blamed = prover.blame(compiled.folds)
+        if len(refused) >= _MOST_CULPRITS:
+            blamed = {d.path: "too many folds fail their check" for d in plan.folds}
+        for path, why in blamed.items():
+            refused[path] = Refused(Reason.CHECK_FAILED, f"undone: {why}")
+        plan = replan(plan, refused)
+        compiled = compiled_of(plan)
+        folded = fold_copy(compiled.seen.model, compiled.folds)
         proof = _attempt(prover, compiled, folded)
-        while not proof and compiled.folds:
-            blamed = prover.blame(compiled.folds)
-            if len(refused) >= _MOST_CULPRITS:
-                blamed = {d.path: "too many folds fail their check" for d in plan.folds}
-            for path, why in blamed.items():
-                refused[path] = Refused(Reason.CHECK_FAILED, f"undone: {why}")
-            plan = replan(plan, refused)
-            compiled = compiled_of(plan)
-            folded = fold_copy(seen.model, compiled.folds)
-            proof = _attempt(prover, compiled, folded)
-    check = Check(
-        proof.native, proof.float64, seed, str(examples), tuple(refused), peak_bytes=peak.bytes
-    )
+    check = Check(proof.native, proof.float64, 0, str(prover.examples), tuple(refused))
     return plan, folded, check, proof.layers
 
 
@@ -142,15 +172,17 @@ def _attempt(prover: Prover, compiled: Compiled, folded: Folded) -> Proof:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long a step takes."""
     start = time.perf_counter()
     try:
         yield
     finally:
-        seconds[name] = round(time.perf_counter() - start, 4)
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 4)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """With what this runs."""
     found = {"python": platform.python_version()}
     for package in ("bntools", "torch", "torchvision"):
         with suppress(PackageNotFoundError):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from bntools.backward import BackwardPlanner, NormFold, Outcome
-from bntools.dataflow.graph import Graph, NormLayer
+from bntools.dataflow.graph import Graph
 from bntools.dataflow.layers import norm_layers
 from bntools.dataflow.reach import Refused
 from bntools.errors import PlanError
@@ -18,6 +17,7 @@ from bntools.modules import get_module, named_tensors, unwrap
 from bntools.observing import Observation, observe
 from bntools.registry import host_rule
 from bntools.report import Action, Decision, Plan, Reason
+from bntools.selection import Patterns, select
 
 __all__ = [
     "Compiled",
@@ -28,8 +28,6 @@ __all__ = [
     "plan_observed",
     "replan",
 ]
-
-Patterns = str | Sequence[str]
 
 
 def plan_fold(
@@ -68,7 +66,9 @@ class Compiled:
 
 def plan_observed(seen: Observation, *, only: Patterns = "*", skip: Patterns = ()) -> Plan:
     """Plan on recordings that are there already."""
-    return _planned(seen, frozenset(_select(seen.graphs[0].layers, only, skip)), {})
+    return _planned(
+        seen, frozenset(select([layer.path for layer in seen.graphs[0].layers], only, skip)), {}
+    )
 
 
 def replan(plan: Plan, refused: Mapping[str, Refused]) -> Plan:
@@ -124,25 +124,6 @@ def _tensor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
         f"{path}.{name}": (id(tensor), -1 if tensor.is_inference() else tensor._version)
         for path, _, name, tensor in named_tensors(model)
     }
-
-
-def _select(layers: Sequence[NormLayer], only: Patterns, skip: Patterns) -> set[str]:
-    """The paths of the norm layers that the patterns leave in; a pattern must match something."""
-    wanted = [only] if isinstance(only, str) else list(only)
-    unwanted = [skip] if isinstance(skip, str) else list(skip)
-    paths = [layer.path for layer in layers]
-    for pattern in (*wanted, *unwanted):
-        if pattern != "*" and not any(fnmatchcase(path, pattern) for path in paths):
-            some = ", ".join(paths[:3]) or "none"
-            raise PlanError(
-                f"Cannot select {pattern!r}: no norm layer has such a path (there are: {some}"
-                f"{', ...' if len(paths) > 3 else ''}). Use a glob such as 'layer1.*'."
-            )
-    return {
-        path for path in paths
-        if any(fnmatchcase(path, p) for p in wanted)
-        and not any(fnmatchcase(path, p) for p in unwanted)
-    }  # fmt: skip
 
 
 def _differences(outcomes: Sequence[dict[str, Outcome]]) -> dict[str, Refused]:

@@ -15,7 +15,8 @@ from bntools.errors import InputError
 from bntools.examples import Examples
 from bntools.report import Equivalence, OutputError
 from bntools.surgery.folding import Folded, fold_copy, fold_in_place
-from bntools.tolerance import float64_limit, pooled, relative_error
+from bntools.measuring import pooled
+from bntools.tolerance import float64_limit, relative_error
 
 __all__ = ["Proof", "Prover"]
 

@@ -157,3 +157,9 @@ for _cls in ("BatchNormAct2d", "SyncBatchNormAct"):
 register_norm(
     "timm.layers.norm_act.FrozenBatchNormAct2d", affine=_frozen_affine, remainder=_drop_and_act
 )
+for _cls in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"):
+    register_norm(f"bntools.norms.frozen.Frozen{_cls}", affine=_batch_norm_affine)
+for _cls in ("FrozenBatchNormAct2d", "FrozenSyncBatchNormAct"):
+    register_norm(
+        f"bntools.norms.frozen_timm.{_cls}", affine=_batch_norm_affine, remainder=_drop_and_act
+    )

@@ -22,7 +22,14 @@ from bntools.modules import named_modules
 from bntools.recipe import recipe_of
 from bntools.report import Result
 
-__all__ = ["check_writable", "save", "write_atomically", "write_report", "write_text_atomically"]
+__all__ = [
+    "check_writable",
+    "save",
+    "sync_folder",
+    "write_atomically",
+    "write_report",
+    "write_text_atomically",
+]
 
 StrPath = str | os.PathLike[str]
 Writer = Callable[[IO[bytes]], object]
@@ -124,7 +131,7 @@ def write_atomically(path: StrPath, write: Writer, *, force: bool = False) -> No
                 with suppress(OSError):  # a file system without permissions
                     temporary.chmod(stat.S_IMODE(final.stat().st_mode))
             _publish(temporary, final, force=force)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
     except FileExistsError as error:
         raise _exists(target) from error
     except OSError as error:
@@ -186,7 +193,7 @@ def _publish(temporary: Path, final: Path, *, force: bool) -> None:
     temporary.replace(final)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the new name itself durable, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

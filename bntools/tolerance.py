@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from bntools.report import OutputError
 
 __all__ = [
     "BLIND_FACTOR",
@@ -17,11 +14,12 @@ __all__ = [
     "FACTOR",
     "FLOAT64_LIMIT",
     "INTEGER_SHARE",
+    "Limit",
+    "difference",
     "float64_limit",
-    "judge",
     "limit",
-    "pooled",
     "relative_error",
+    "slice_limits",
 ]
 
 FACTOR = 4.0
@@ -31,6 +29,8 @@ BLIND_FACTOR = 80.0
 INTEGER_SHARE = 0.005
 """The share of an integer output that may differ: rounding decides between near ties."""
 FLOAT64_LIMIT = 1e-10
+FEW = 16.0
+"""A slice of so many values says as much about the noise in it as the whole output does."""
 
 
 def limit(reference_error: float, dtype: torch.dtype) -> float:
@@ -40,7 +40,77 @@ def limit(reference_error: float, dtype: torch.dtype) -> float:
     fold stays within k = 4 of it. Where the reference happens to be almost exact, c = 8 roundings
     of the dtype are granted.
     """
-    return max(FACTOR * reference_error, EPS_FACTOR * torch.finfo(dtype).eps)
+    return Limit(torch.finfo(dtype).eps).of(reference_error)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The rule by which limits follow from the reference's own error.
+
+    `eps` is one rounding of the coarsest arithmetic in play; `coarser` is how many times coarser
+    that is than the arithmetic in which the reference's own error was measured. `allowed` stands
+    in the place of the rule. `share` is what part of an integer output may differ.
+    """
+
+    eps: float
+    allowed: float | None = None
+    coarser: float = 1.0
+    share: float = INTEGER_SHARE
+
+    def of(self, own: float) -> float:
+        """What the relative L2 error of an output may be."""
+        if self.allowed is not None:
+            return self.allowed
+        return max(FACTOR * self.coarser * own, EPS_FACTOR * self.eps)
+
+    def of_share(self, own: float) -> float:
+        """What share of an integer output may differ."""
+        return self.allowed if self.allowed is not None else max(FACTOR * own, self.share)
+
+    def why(self, own: float) -> str:
+        """Where the limit comes from, in words."""
+        if self.allowed is not None:
+            return f"fixed at {self.allowed:.2g}"
+        if EPS_FACTOR * self.eps >= FACTOR * self.coarser * own:
+            return f"{EPS_FACTOR:g} roundings of {self.eps:.2g}"
+        scaled = f" at {self.coarser:.3g} times its rounding" if self.coarser != 1 else ""
+        return f"{FACTOR:g}x the reference's own error{scaled}"
+
+    def why_share(self, own: float) -> str:
+        """Where the limit of an integer output comes from, in words."""
+        if self.allowed is not None:
+            return f"fixed at {self.allowed:.2g}"
+        if FACTOR * own > self.share:
+            return f"{FACTOR:g}x the share that differs in the reference's own dtype"
+        if not self.share:
+            return "none may differ"
+        return f"{self.share:.1%} of the integers, for near ties"
+
+
+def slice_limits(
+    rule: Limit,
+    whole: float,
+    own: Tensor,
+    truth: Tensor,
+    *,
+    count: Tensor,
+    total: int,
+    alike: bool,
+) -> Tensor:
+    """What each slice of an output may be off, where the whole may be off by `whole`.
+
+    All are root mean squares in units of the whole output's. A slice may be off by k times the
+    reference's own error in it, or by c roundings of its own values. In a slice of m values the
+    reference's error may be small by luck: it may also be off by the part `sqrt(16 / (16 + m))` of
+    `whole`, and where slices are `alike`, as samples are, by all of it. Of S slices of m values
+    with equal noise the largest is about `1 + sqrt(ln S / m)` of the mean: all is multiplied by it.
+    """
+    spread = 1 + (math.log(max(total, 2)) / count).sqrt()
+    if rule.allowed is not None:
+        return spread * rule.allowed * truth.clamp(min=1.0)
+    pool = torch.ones_like(count) if alike else (FEW / (FEW + count)).sqrt()
+    terms = (FACTOR * rule.coarser * own, EPS_FACTOR * rule.eps * truth, whole * pool)
+    return spread * torch.stack(terms).amax(0)
 
 
 def float64_limit(reference_error: float, dtype: torch.dtype) -> float:
@@ -60,75 +130,24 @@ def relative_error(candidate: Tensor, truth: Tensor) -> float:
 
     Positions where both hold the same value, the same infinity, or NaN count as equal.
     """
-    a, b = candidate.detach().cpu().double().flatten(), truth.detach().cpu().double().flatten()
-    same = (a == b) | (a.isnan() & b.isnan())
-    if bool(same.all()):
+    gap, b = difference(candidate, truth), truth.detach().cpu().double()
+    finite = b.isfinite()
+    scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+    if not bool(gap.any()):
         return 0.0
-    finite = a.isfinite() & b.isfinite()
-    if not bool((finite | same).all()):
+    if scale == 0 or not bool(gap.isfinite().all()):
         return math.inf
-    scale = float(b[finite].abs().max())
-    if scale == 0:
-        return math.inf
-    difference = torch.where(same, 0.0, a - b) / scale
-    return float(difference.norm() / (b[finite] / scale).norm())
+    return float((gap / scale).norm() / (b[finite] / scale).norm())
 
 
-def _share_that_differs(candidate: Tensor, truth: Tensor) -> float:
-    return float((candidate.cpu() != truth.cpu()).double().mean())
+def difference(candidate: Tensor, truth: Tensor) -> Tensor:
+    """`candidate - truth` in float64 on the CPU: 0 where both are the same infinity or NaN.
 
-
-def judge(
-    name: str,
-    truth: Tensor,
-    reference: Tensor,
-    candidate: Tensor,
-    *,
-    dtype: torch.dtype = torch.float32,
-    allowed: float | None = None,
-) -> OutputError:
-    """Judge one output of a candidate against the truth, beside the reference's own error.
-
-    `dtype` is the coarsest of the model's; a coarser one of the candidate's output counts instead.
-    `allowed` replaces the limit that follows from the reference's error and the dtype. A NaN, an
-    empty output or another shape is never a pass. Of integer outputs (classes, orders) the share
-    of elements that differ is judged.
+    It is infinite where only one of them is finite, and where the shapes differ.
     """
-    fault = _fault(truth, candidate)
-    if fault:
-        return OutputError(name, math.inf, 0.0, 0.0, math.inf, passed=False, note=fault)
-    measure = relative_error if truth.is_floating_point() else _share_that_differs
-    own = measure(reference, truth) if reference.shape == truth.shape else math.inf
-    error = measure(candidate, truth)
-    if allowed is None and not truth.is_floating_point():
-        allowed = max(FACTOR * own, INTEGER_SHARE)
-    elif allowed is None:
-        floats = [d for d in (dtype, candidate.dtype) if d.is_floating_point]
-        allowed = limit(own, max(floats, key=lambda each: torch.finfo(each).eps))
-    gap = (candidate.detach().cpu().double() - truth.detach().cpu().double()).abs()
-    return OutputError(
-        name, error, own, allowed, float(gap.nan_to_num(0.0).max()), passed=error <= allowed
-    )
-
-
-def pooled(errors: Sequence[OutputError]) -> OutputError:
-    """One judgement of the same output on several inputs: the largest errors, and their limit."""
-    failed = next((e for e in errors if e.note), None)
-    if failed is not None:
-        return failed
-    own = max(e.reference_error for e in errors)
-    worst = max(errors, key=lambda e: e.error)
-    allowed = max(e.limit for e in errors)
-    return replace(worst, reference_error=own, limit=allowed, passed=worst.error <= allowed)
-
-
-def _fault(truth: Tensor, candidate: Tensor) -> str:
-    if truth.shape != candidate.shape:
-        return f"shape {tuple(candidate.shape)} instead of {tuple(truth.shape)}"
-    if not truth.numel():
-        return "empty: there is nothing to compare"
-    if bool(truth.isnan().any()):
-        return "the reference itself gives NaN"
-    if bool(candidate.isnan().any()):
-        return "NaN"
-    return ""
+    a, b = candidate.detach().cpu().double(), truth.detach().cpu().double()
+    if a.shape != b.shape:
+        return torch.full_like(b, math.inf)
+    same = (a == b) | (a.isnan() & b.isnan())
+    unlike = ~(a.isfinite() & b.isfinite())
+    return torch.where(same, 0.0, torch.where(unlike, math.inf, a - b))

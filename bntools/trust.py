@@ -27,6 +27,7 @@ __all__ = [
     "DICT",
     "DOTTED",
     "LIST",
+    "REBUILD",
     "SHARED",
     "UNKNOWN",
     "AllowList",
@@ -65,12 +66,16 @@ _OTHER_CLASSES = frozenset(
         "torch.nn.utils.weight_norm.WeightNorm",
     }
 )
+# Modules whose class cannot be named in a pickle: created by a call without arguments.
+_CALLED_EMPTY = frozenset({"bntools.rewriting.Rewritten"})
+# Makes an empty frozen layer of a class that is given to it, and may be in a file by itself.
+REBUILD = "bntools.norms.frozen.rebuild"
 # Its __setstate__ joins a process group.
 _REFUSED_CLASSES = frozenset({"torch.nn.parallel.distributed.DistributedDataParallel"})
 # Classes that models keep as values (`self._norm_layer = nn.BatchNorm2d`) and may call later.
 _MENTIONED_CLASSES = re.compile(
     r"torch\.nn\.modules\.\w+\.\w+|torchvision\.ops\.misc\.\w+"
-    r"|timm\.layers\.(norm|norm_act|frozen_bn)\.\w+|timm\.models\.nextvit\.Next\w+Block"
+    r"|timm\.layers\.(evo_norm|frozen_bn|norm|norm_act|split_batchnorm)\.\w+|timm\.models\.nextvit\.Next\w+Block"
 )
 
 _FUNCTIONAL = (
@@ -178,8 +183,16 @@ def _anything(_: Arguments) -> bool:
     return True
 
 
+def _nothing(arguments: Arguments) -> bool:
+    return not arguments
+
+
 def _one(arguments: Arguments) -> bool:
     return len(arguments) == 1
+
+
+def _one_class(arguments: Arguments) -> bool:
+    return len(arguments) == 1 and isinstance(arguments[0], Global)
 
 
 # What is iterated over must be written out in the file: a tensor of a few bytes has any length.
@@ -280,6 +293,8 @@ class AllowList:
             return _DATA[name]
         if name in _FUNCTIONS:
             return _library_function(name)
+        if name == REBUILD:
+            return Grant(_library_object(name), call=_one_class)
         if _LEFTOVERS.fullmatch(name):
             return _left_out(name)
         return _data_type(name) or _library_class(name)
@@ -354,6 +369,8 @@ def _library_class(name: str) -> Grant | None:
         return Grant(target, call=_one_name)
     if origin in _OTHER_CLASSES:
         return Grant(target, create=True)
+    if origin in _CALLED_EMPTY:
+        return Grant(target, create=True, call=_nothing)
     if issubclass(target, nn.Module) and origin not in _REFUSED_CLASSES:
         return Grant(target, create=True, mention=bool(_MENTIONED_CLASSES.fullmatch(origin)))
     return None

@@ -67,7 +67,13 @@ class Console:
 
         What model code prints goes to stderr; its warnings are shown with --verbose.
         """
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr), self._spinner(what):
+        with self.hushed(), self._spinner(what):
+            yield
+
+    @contextmanager
+    def hushed(self) -> Iterator[None]:
+        """The same without a spinner, for what shows its own progress."""
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("default" if self.verbose else "ignore")
             yield
 

@@ -11,8 +11,14 @@ import bntools
 from bntools.errors import BNToolsError
 
 from .console import Console
+from .diff import diff
+from .export import export
 from .fold import fold
+from .freeze import freeze, unfreeze, unsync
 from .inspect import inspect
+from .recalibrate import recalibrate
+from .replace import replace_norms
+from .verify import verify
 
 __all__ = ["program"]
 
@@ -25,6 +31,7 @@ Examples:
   bntools inspect model.pt
   bntools fold model.pt
   bntools fold weights.pth --arch torchvision:resnet50 -o small.pt
+  bntools verify model.pt model.onnx
 
 MODEL is a file that torch.save wrote, with a whole model or (with --arch) a state dict. Files
 are not trusted: nothing in them is run. It may also be an architecture's name, such as
@@ -82,7 +89,9 @@ def _told(error: Exception) -> str:
 program = Program(
     "bntools",
     help=_HELP,
-    commands=[inspect, fold],
+    commands=[
+        inspect, fold, recalibrate, diff, export, verify, freeze, unfreeze, unsync, replace_norms,
+    ],  # fmt: skip
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 program = click.version_option(bntools.__version__, message="%(prog)s %(version)s")(program)

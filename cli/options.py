@@ -18,24 +18,29 @@ from .console import Console
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Answer", "Job", "file_option", "is_same", "shared_options"]
+__all__ = [
+    "Answer",
+    "Common",
+    "Job",
+    "Pair",
+    "file_option",
+    "is_same",
+    "pair_options",
+    "shared_options",
+]
 
 _SUFFIXES = {".pt", ".pth", ".tar", ".bin", ".ckpt", ".pkl"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the shared options ask for."""
+class Common:
+    """What the options ask for that every command has."""
 
-    model: str
     arch: str | None
     allow: tuple[str, ...]
     input_shape: tuple[str, ...]
     inputs: Path | None
-    only: tuple[str, ...]
-    skip: tuple[str, ...]
     seed: int
-    device: str | None
     as_json: bool
     report: Path | None
     force: bool
@@ -48,32 +53,21 @@ class Job:
         console: Console = click.get_current_context().obj
         return console
 
-    def beside(self, ending: str) -> Path:
-        """The name of a result: the model's own with another ending."""
-        path = Path(self.model.rpartition(":")[2]) if self._is_name() else Path(self.model)
-        while path.suffix in _SUFFIXES:
-            path = path.with_suffix("")
-        return path.with_name(path.name + ending)
-
-    def _is_name(self) -> bool:
-        return ":" in self.model and not Path(self.model).exists()
-
     def check_writable(self, *paths: Path | None) -> None:
         """Find out before long work whether results can be written."""
         for path in paths:
             if path is not None:
                 bntools.check_writable(path, force=self.force)
 
-    def load(self) -> nn.Module:
-        """The model, on the device that was asked for."""
-        with self.console.working(f"loading {self.model}"):
-            loaded = bntools.read_model(self.model, self.arch, self.allow)
-            model = loaded.model if self.device is None else _moved(loaded.model, self.device)
+    def read(self, source: str) -> nn.Module:
+        """A model, with notes on how it was read."""
+        with self.console.working(f"loading {source}"):
+            loaded = bntools.read_model(source, self.arch, self.allow)
         for note in loaded.notes:
             self.console.note(f"note: {note}")
-        return model
+        return loaded.model
 
-    def examples(self, model: nn.Module) -> Any:
+    def examples(self, model: nn.Module | None) -> Any:
         """The inputs that were given, as this model takes them; None where they are inferred."""
         if self.input_shape:
             return bntools.shaped_inputs(self.input_shape, seed=self.seed, like=model)
@@ -99,6 +93,49 @@ class Job:
             self.console.document(answer.to_dict())
         else:
             self.console.table(table)
+
+
+@dataclass(frozen=True)
+class Job(Common):
+    """What the options of a command on one model ask for."""
+
+    model: str
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    device: str | None
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The files that the command reads."""
+        return {"MODEL": self.model}
+
+    def beside(self, ending: str) -> Path:
+        """The name of a result: the model's own with another ending."""
+        path = Path(self.model.rpartition(":")[2]) if self._is_name() else Path(self.model)
+        while path.suffix in _SUFFIXES:
+            path = path.with_suffix("")
+        return path.with_name(path.name + ending)
+
+    def _is_name(self) -> bool:
+        return ":" in self.model and not Path(self.model).exists()
+
+    def load(self) -> nn.Module:
+        """The model, on the device that was asked for."""
+        model = self.read(self.model)
+        return model if self.device is None else _moved(model, self.device)
+
+
+@dataclass(frozen=True)
+class Pair(Common):
+    """What the options of a command on two models ask for."""
+
+    reference: str
+    candidate: str
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The files that the command reads."""
+        return {"REFERENCE": self.reference, "CANDIDATE": self.candidate}
 
 
 @dataclass(frozen=True)
@@ -130,87 +167,115 @@ def file_option(_: click.Context, option: click.Parameter, value: str | None) ->
     return None if value is None else Path(value)
 
 
-_SHARED = [
-    click.argument("model", metavar="MODEL"),
-    click.option(
-        "--arch",
-        metavar="NAME",
-        help="The architecture of a state dict: torchvision:NAME, timm:NAME or"
-        " package.module:factory.",
-    ),
-    click.option(
-        "--allow",
-        multiple=True,
-        metavar="CLASS",
-        help="A class (package.Class) that the file may hold besides those of torch.nn, torchvision"
-        " and timm; repeatable.",
-    ),
-    click.option(
-        "--input-shape",
-        multiple=True,
-        metavar="SHAPE",
-        help="Shape of a random input, such as 1x3x224x224 or 1x128:int64; repeat it for several"
-        " arguments. By default it is inferred.",
-    ),
-    click.option(
-        "--inputs",
-        metavar="FILE",
-        callback=file_option,
-        help="Inputs from a file: .npz (arg0, arg1, ... are positional, others keywords), .npy, or"
-        " .pt (tensor, tuple of arguments, dict of keywords).",
-    ),
-    click.option(
-        "--only",
-        multiple=True,
-        metavar="GLOB",
-        help="Only the norm layers whose path matches, such as 'layer1.*'; repeatable.",
-    ),
-    click.option(
-        "--skip", multiple=True, metavar="GLOB", help="Not the norm layers that match; repeatable."
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, 2**32 - 1),
-        default=0,
-        help="Seed of random inputs (default 0).",
-    ),
-    click.option("--device", metavar="NAME", help="Run the model there: cpu, cuda, cuda:1, mps."),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables."),
-    click.option(
-        "--report",
-        metavar="FILE",
-        callback=file_option,
-        help="Also write the JSON report to a file.",
-    ),
-    click.option("-f", "--force", is_flag=True, help="Replace files that exist."),
-    click.option("-q", "--quiet", is_flag=True, help="Only the summary, warnings and errors."),
-    click.option("-v", "--verbose", is_flag=True, help="More about the run; tracebacks of errors."),
+def _option(*names: str, **settings: Any) -> tuple[str, Callable[..., Any]]:
+    """An option and the field that it fills."""
+    field = next((n for n in names if n.isidentifier()), names[-1].lstrip("-").replace("-", "_"))
+    return field, click.option(*names, **settings)
+
+
+_OPTIONS = dict(
+    [
+        _option(
+            "--arch",
+            metavar="NAME",
+            help="The architecture of a state dict: torchvision:NAME, timm:NAME or"
+            " package.module:factory.",
+        ),
+        _option(
+            "--allow",
+            multiple=True,
+            metavar="CLASS",
+            help="A class (package.Class) that the file may hold besides those of torch.nn,"
+            " torchvision and timm; repeatable.",
+        ),
+        _option(
+            "--input-shape",
+            multiple=True,
+            metavar="SHAPE",
+            help="Shape of a random input, such as 1x3x224x224 or 1x128:int64; repeat it for"
+            " several arguments. By default it is inferred.",
+        ),
+        _option(
+            "--inputs",
+            metavar="FILE",
+            callback=file_option,
+            help="Inputs from a file: .npz (arg0, arg1, ... are positional, others keywords), .npy,"
+            " or .pt (tensor, tuple of arguments, dict of keywords).",
+        ),
+        _option(
+            "--only",
+            multiple=True,
+            metavar="GLOB",
+            help="Only the norm layers whose path matches, such as 'layer1.*'; repeatable.",
+        ),
+        _option(
+            "--skip",
+            multiple=True,
+            metavar="GLOB",
+            help="Not the norm layers that match; repeatable.",
+        ),
+        _option(
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=0,
+            help="Seed of random inputs (default 0).",
+        ),
+        _option("--device", metavar="NAME", help="Run the model there: cpu, cuda, cuda:1, mps."),
+        _option("--json", "as_json", is_flag=True, help="Print JSON in place of tables."),
+        _option(
+            "--report",
+            metavar="FILE",
+            callback=file_option,
+            help="Also write the JSON report to a file.",
+        ),
+        _option("-f", "--force", is_flag=True, help="Replace files that exist."),
+        _option("-q", "--quiet", is_flag=True, help="Only the summary, warnings and errors."),
+        _option("-v", "--verbose", is_flag=True, help="More about the run; tracebacks of errors."),
+    ]
+)
+_ON_ONE = [click.argument("model", metavar="MODEL")]
+_ON_TWO = [
+    click.argument("reference", metavar="REFERENCE"),
+    click.argument("candidate", metavar="CANDIDATE"),
 ]
 
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that all have; it is called with them as a `Job`."""
+    """Give a command on one model the options that all have; it is called with them as a `Job`."""
+    return _with_options(command, Job, _ON_ONE)
 
+
+def pair_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command on two models the options that all have; it is called with a `Pair`."""
+    return _with_options(command, Pair, _ON_TWO)
+
+
+def _with_options(
+    command: Callable[..., None], kind: type[Job] | type[Pair], arguments: list[Any]
+) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        job = Job(**{field.name: values.pop(field.name) for field in fields(Job)})
+        job = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         _check(job)
         job.console.quiet, job.console.verbose = job.quiet, job.verbose
         command(job, **values)
 
-    for option in reversed(_SHARED):
+    wanted = {field.name for field in fields(kind)}
+    for option in reversed([*arguments, *(o for name, o in _OPTIONS.items() if name in wanted)]):
         option(run)
     return run
 
 
-def _check(job: Job) -> None:
+def _check(job: Job | Pair) -> None:
     """Find the options that contradict each other."""
     if job.quiet and job.verbose:
         raise click.UsageError("--quiet and --verbose contradict each other.")
     if job.input_shape and job.inputs:
         raise click.UsageError("Give --input-shape or --inputs, not both.")
-    if job.report is not None and is_same(job.report, Path(job.model)):
-        raise click.UsageError("--report names the file of the model.")
+    for name, model in job.models.items():
+        if job.report is not None and is_same(job.report, Path(model)):
+            whose = "the model" if name == "MODEL" else name
+            raise click.UsageError(f"--report names the file of {whose}.")
     if job.input_shape:
         try:
             bntools.shaped_inputs(job.input_shape)

@@ -125,7 +125,7 @@ def test_every_reason_has_its_anchor_once_and_no_other_has_one():
 
 def helps() -> str:
     runner = CliRunner()
-    words = [[], ["fold"], ["inspect"]]
+    words = [[], *([name] for name in program.commands)]
     return "\n".join(runner.invoke(program, [*each, "--help"]).output for each in words)
 
 

@@ -252,25 +252,25 @@ class Terminal:
 
 
 def test_the_width_is_that_of_the_terminal_or_columns_or_100(monkeypatch):
-    assert tables._width() == 100
+    assert tables.width() == 100
     monkeypatch.setattr("sys.stdout", Terminal())
     monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((77, 20)))
-    assert tables._width() == 77
+    assert tables.width() == 77
     monkeypatch.setenv("COLUMNS", "66")
-    assert tables._width() == 66
+    assert tables.width() == 66
     monkeypatch.setenv("COLUMNS", "3")
-    assert tables._width() == 40
+    assert tables.width() == 40
 
 
 @pytest.mark.parametrize("columns", ["", "0", "wide", "-5"])
 def test_columns_that_are_no_number_do_not_count(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    assert tables._width() == 100
+    assert tables.width() == 100
 
 
 def test_there_may_be_no_stdout(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
-    assert tables._width() == 100
+    assert tables.width() == 100
 
 
 def test_the_last_line_of_every_result_is_its_summary():

@@ -457,8 +457,8 @@ def test_reference_that_does_not_run_on_the_inputs_is_an_error():
         bntools.verify(model, model, torch.zeros(3, 5))
 
 
-@pytest.mark.parametrize("inputs", ["image", 3, None, {1, 2}], ids=str)
-def test_inputs_that_are_none_are_an_error(inputs):
+@pytest.mark.parametrize("inputs", ["image", 3, {1, 2}], ids=str)
+def test_what_is_no_input_is_an_error(inputs):
     with pytest.raises(InputError, match="example inputs"):
         bntools.verify(giving(lambda y: y), giving(lambda y: y), inputs)
 
@@ -530,7 +530,7 @@ def test_verify_leaves_models_alone_when_the_candidate_raises():
     model, broken = Writing(), Writing()
     broken.body[2].register_forward_hook(lambda *_: 1 / 0)
     before = state(model), state(broken)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError, match="run the candidate on 3x4 float32: ZeroDivisionError"):
         bntools.verify(model, broken, X)
     assert (state(model), state(broken)) == before
 

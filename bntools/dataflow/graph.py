@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -91,7 +91,11 @@ class Move:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One operation. `name` is for messages, `module` the path of the module that ran it."""
+    """One operation. `name` is for messages, `module` the path of the module that ran it.
+
+    `stack` are the paths of all modules that were running, from the model down; `literals` the
+    arguments of an activation that are no tensors.
+    """
 
     kind: Kind
     name: str
@@ -101,6 +105,8 @@ class Node:
     detail: Linear | Norm | Move | None = None
     writes: list[Value] = field(default_factory=list)
     order: int = -1
+    stack: tuple[str, ...] = ()
+    literals: tuple[Any, ...] = ()
 
     @property
     def linear(self) -> Linear:
@@ -120,13 +126,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One call of a module: the values that went in and came out, and the nodes in between."""
+    """One call of a module: the values that went in and came out, and the nodes in between.
+
+    `stack` are the paths of the modules that were running, from the model down to the caller.
+    """
 
     path: str
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     start: int
     stop: int
+    stack: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +162,7 @@ class Graph:
     `tensors` to its number, `owners` to the path of the layer that holds it; `tied` maps a name to
     the other names of the same tensor; `absent` are names that a layer could hold, but does not
     (the bias of a conv without one); `sealed` are the paths of layers that cannot be edited.
+    `calls` has, where asked for, what each module call gave, in the order in which they ended.
     """
 
     nodes: list[Node]
@@ -163,6 +174,7 @@ class Graph:
     tied: dict[str, tuple[str, ...]]
     absent: frozenset[str]
     sealed: frozenset[str] = frozenset()
+    calls: tuple[tuple[str, tuple[Value, ...]], ...] = ()
 
     def link(self) -> Graph:
         """Connect producers and consumers once all nodes are there."""

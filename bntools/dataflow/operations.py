@@ -14,10 +14,12 @@ from bntools.absorb import OutputLayout
 from bntools.dataflow.graph import Linear, Move, Value
 
 __all__ = [
+    "ACTIVATION_OPS",
     "BatchNormCall",
     "Operation",
     "batch_norm_call",
     "linear_call",
+    "literals",
     "move",
     "operation",
     "tensors_of",
@@ -46,6 +48,12 @@ _BATCH_NORMS = {
     "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
     "_batch_norm_with_update", "_batch_norm_no_update",
 }  # fmt: skip
+# what is called an activation, and is applied to one value after the other
+ACTIVATION_OPS = frozenset({
+    "relu", "hardtanh", "leaky_relu", "_prelu_kernel", "silu", "gelu", "hardswish", "elu",
+    "sigmoid", "tanh", "hardsigmoid", "mish", "softplus", "celu", "selu", "log_sigmoid_forward",
+    "threshold", "hardshrink", "softshrink", "relu6", "clamp", "clamp_min", "rrelu_with_noise",
+})  # fmt: skip
 # training mode writes these positions, and the schemas of the CPU and CUDA kernels do not say so
 _UNDECLARED_WRITES = {
     "native_batch_norm": (3, 4), "cudnn_batch_norm": (3, 4), "miopen_batch_norm": (3, 4),
@@ -91,6 +99,11 @@ def operation(func: Any) -> Operation:
         _kind(func, name, writes=bool(writes)),
         name in _SHAPE_ONLY,
     )
+
+
+def literals(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of an operation after the first that are no tensors, keyword ones last."""
+    return tuple(arg for arg in (*args[1:], *kwargs.values()) if not isinstance(arg, Tensor))
 
 
 def tensors_of(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -42,8 +42,14 @@ _LEAVING = {
 }
 
 
-def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Graph:
-    """Run one eval-mode forward and return what it did.
+def record(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    calls: bool = False,
+) -> Graph:
+    """Run one eval-mode forward and return what it did, with `calls` also what each module gave.
 
     The model is as it was afterwards: flags, attributes, RNG, and the parameters and buffers that
     an operation wrote. Whatever the forward raises comes through.
@@ -51,7 +57,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None 
     with _ALONE, preserved(model):
         if model.training:
             model.eval()
-        tape = Tape(model)
+        tape = Tape(model, calls=calls)
         guard = Guard((*tape.owners.tensors.values(), *loose_tensors(model)))
         small = sum(tensor.numel() for tensor in tensors_in((args, kwargs))) < _SMALL
         with (

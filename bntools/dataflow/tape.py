@@ -15,8 +15,10 @@ from bntools.affine import Affine
 from bntools.dataflow.graph import Frame, Graph, Kind, Linear, Node, Norm, Value
 from bntools.dataflow.layers import Ownership, norm_layers
 from bntools.dataflow.operations import (
+    ACTIVATION_OPS,
     batch_norm_call,
     linear_call,
+    literals,
     move,
     operation,
     tensors_of,
@@ -60,13 +62,14 @@ class _Late:
 class Tape:
     """The nodes, values and module calls of one forward, while it runs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, calls: bool = False) -> None:
         self.owners = Ownership(model)
+        self._calls: list[tuple[str, list[Value]]] | None = [] if calls else None
         self.layers = norm_layers(model)
         self._versions = Versions(self.owners)
         self._nodes: list[Node] = []
         self._frames: dict[str, list[Frame]] = {}
-        self._stack: list[str] = [""]
+        self._stack: tuple[str, ...] = ("",)
         self._late: list[_Late] = []
         self._dropped: dict[Value, Value] = {}
         self._watched = {layer.path for layer in self.layers}
@@ -87,9 +90,11 @@ class Tape:
         for node in self._nodes:
             node.inputs = [self._dropped.get(value, value) for value in node.inputs]
         owners = self.owners
+        calls = tuple((path, tuple(values)) for path, values in self._calls or ())
         return Graph(
             self._nodes, self._frames, self.layers, self._versions.parameters, owners.tensors,
             owners.owners, owners.tied, frozenset(owners.absent), frozenset(owners.sealed),
+            calls,
         ).link()  # fmt: skip
 
     # values
@@ -165,7 +170,10 @@ class Tape:
             if all(value.constant for value in inputs[data:]):
                 detail = move(func, known.name, args, kwargs)
                 return self._node(Kind.MOVE, known.name, inputs[:data], detail)
-        return self._node(Kind.OPAQUE, known.name, inputs)
+        node = self._node(Kind.OPAQUE, known.name, inputs)
+        if known.name.rstrip("_") in ACTIVATION_OPS:
+            node.literals = literals(args, kwargs)
+        return node
 
     def _norm(self, name: str, args: Sequence[Any]) -> Norm | None:
         call = batch_norm_call(name, args)
@@ -188,7 +196,7 @@ class Tape:
         self._versions.bind(alias, value)
 
     def _node(self, kind: Kind, name: str, inputs: list[Value], detail: Any = None) -> Node:
-        return Node(kind, name, inputs, [], self._stack[-1], detail)
+        return Node(kind, name, inputs, [], self._stack[-1], detail, stack=self._stack)
 
     def _add(self, kind: Kind, name: str, inputs: list[Value], output: Value | None = None) -> None:
         if not inputs:
@@ -219,19 +227,22 @@ class Tape:
         if module._forward_pre_hooks:
             self._add(Kind.OUTPUT, f"a forward pre-hook of {path or 'the model'}", inputs)
         start = self.position
-        self._stack.append(path)
+        caller = self._stack
+        self._stack = (*caller, path)
         try:
             out = run(module, *args, **kwargs)
         finally:
-            self._stack.pop()
+            self._stack = caller
         if whole:
             outputs = self._seen(out)
             if len(inputs) == len(outputs) == 1 and self._closed(start, inputs[0]):
                 self._as_one(module, path, start, inputs[0], outputs[0])
             if not isinstance(out, Tensor) or not _only_tensors(args, kwargs):
                 inputs = outputs = []  # an Identity would give something else
-            frame = Frame(path, tuple(inputs), tuple(outputs), start, self.position)
+            frame = Frame(path, tuple(inputs), tuple(outputs), start, self.position, caller)
             self._frames.setdefault(path, []).append(frame)
+        if self._calls is not None:
+            self._calls.append((path, self._seen(out)))
         if module._forward_hooks:
             self.use(f"a forward hook of {path or 'the model'}", tensors_in(out))
         return out

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from bntools import tables
+from bntools.report.depth import DepthReport
+from bntools.report.placement import Placement
 from bntools.report.schema import SCHEMA_VERSION, as_json
 
-__all__ = ["Check", "Equivalence", "OutputError"]
+__all__ = ["Check", "Equivalence", "OutputError", "SliceError"]
+
+
+@dataclass(frozen=True)
+class SliceError:
+    """How far one slice of an output is off: a sample, a channel, or a position along an axis.
+
+    The errors and the limit are root mean squares over the slice, in units of the root mean square
+    of the whole output's truth.
+    """
+
+    kind: str
+    index: int
+    error: float
+    reference_error: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.index} is off by {self.error:.2g} (limit {self.limit:.2g})"
 
 
 @dataclass(frozen=True)
@@ -17,7 +38,11 @@ class OutputError:
 
     `error` and `reference_error` are relative L2 errors of the candidate and of the untouched
     reference in its own dtype; `limit` is what `error` may reach; `max_abs` is the largest
-    absolute difference. `passed` is False for a NaN, an empty output or a shape mismatch.
+    absolute difference, `max_scaled` the same relative to the largest value of the truth;
+    `cosine` that of the angle to the truth; `top1` the share of samples with the truth's highest
+    class, where the output looks like classes. `part` is the slice nearest to its own limit, or
+    farthest beyond it. `why` tells where the limit comes from. `passed` is False for a NaN, an
+    empty output or a shape mismatch.
     """
 
     name: str
@@ -27,6 +52,20 @@ class OutputError:
     max_abs: float
     passed: bool
     note: str = ""
+    max_scaled: float | None = None
+    cosine: float | None = None
+    top1: float | None = None
+    part: SliceError | None = None
+    why: str = ""
+
+    @property
+    def severity(self) -> float:
+        """The error as a multiple of its limit, of the whole or of the worst slice."""
+        parts = [(self.error, self.limit)]
+        parts += [(self.part.error, self.part.limit)] if self.part is not None else []
+        return max(
+            error / limit if limit else (math.inf if error else 0.0) for error, limit in parts
+        )
 
     @property
     def ratio(self) -> float:
@@ -53,6 +92,10 @@ class Equivalence:
     inputs: str = ""
     notes: tuple[str, ...] = ()
     absolute: bool = False
+    batches: int = 1
+    placement: Placement | None = None
+    layers: DepthReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.outputs) and all(output.passed for output in self.outputs)
@@ -62,9 +105,7 @@ class Equivalence:
         """The output that comes nearest to its limit, or exceeds it most."""
         if not self.outputs:
             return None
-        return max(
-            self.outputs, key=lambda o: (not o.passed, o.error / o.limit if o.limit else 0.0)
-        )
+        return max(self.outputs, key=lambda o: (not o.passed, o.severity))
 
     def summary(self) -> str:
         """One line, such as "worst error 0.9x that of the original float32 model (limit 4x)"."""
@@ -86,8 +127,13 @@ class Equivalence:
 
     def __str__(self) -> str:
         verdict = "equivalent" if self else "NOT equivalent"
+        reasons = dict.fromkeys(output.why for output in self.outputs if output.why)
         return tables.text(
-            tables.outputs(self.outputs), f"{verdict}: {self.summary()}", *self.notes
+            str(self.layers) if self.layers is not None else "",
+            tables.outputs(self.outputs),
+            f"limit: {'; '.join(list(reasons)[:3])}" if reasons else "",
+            *self.notes,
+            f"{verdict}: {self.summary()}",
         )
 
 

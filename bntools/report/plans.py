@@ -19,6 +19,10 @@ class Action(str, Enum):
     """What a plan does with a norm layer."""
 
     FOLD = "fold"
+    REPLACE = "replace"
+    FREEZE = "freeze"
+    UNFREEZE = "unfreeze"
+    CONVERT = "convert"
     KEEP = "keep"
 
 
@@ -46,6 +50,13 @@ class Reason(str, Enum):
     COMPUTED_AFFINE = "computed-affine"
     WRITTEN_IN_PLACE = "written-in-place"
     DATA_DEPENDENT = "data-dependent"
+    ONE_VALUE = "one-value"
+    NO_ACTIVATION = "no-activation"
+    ACTIVATION_STAYS = "activation-stays"
+    UNINITIALIZED = "uninitialized"
+    ALREADY_FROZEN = "already-frozen"
+    NOT_FROZEN = "not-frozen"
+    NO_SUCH_FORM = "no-such-form"
     SKIPPED = "skipped"
     CHECK_FAILED = "check-failed"
 

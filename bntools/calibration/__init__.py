@@ -1,0 +1,1 @@
+"""Taking the statistics of norm layers from data, on one process or many."""
