@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bntools.calibrating import CalibrationStats, calibration_stats, read_stats
     from bntools.calibration.options import RecalibrationOptions
     from bntools.data import Data, read_data
+    from bntools.depth import compare_layers
     from bntools.distributed import Processes, processes
     from bntools.drawing import check_plot, write_plot
     from bntools.drift import diff
@@ -93,6 +94,7 @@ _HOMES = {
     "calibration_stats": "calibrating",
     "check_plot": "drawing",
     "check_writable": "saving",
+    "compare_layers": "depth",
     "diff": "drift",
     "export_onnx": "publishing",
     "fold": "pipeline",
@@ -157,6 +159,7 @@ __all__ = [
     "calibration_stats",
     "check_plot",
     "check_writable",
+    "compare_layers",
     "diff",
     "export_onnx",
     "fold",

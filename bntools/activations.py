@@ -17,7 +17,7 @@ from bntools.dataflow.operations import ACTIVATION_OPS
 from bntools.dataflow.reach import Refused, describe
 from bntools.modules import get_module
 from bntools.report import Reason
-from bntools.rewriting import TAKEN_MODULES, why_not_removable
+from bntools.rewriting import is_taken, why_not_removable
 
 __all__ = ["Followers", "Following", "activation_calls", "recognised"]
 
@@ -124,7 +124,7 @@ def activation_calls(graph: Graph) -> Iterator[tuple[str, ...]]:
 
 def recognised(module: nn.Module) -> nn.Module | None:
     """A copy, not in place, of an activation module that may be taken; None for all others."""
-    if any(type(module).forward is cls.forward for cls in TAKEN_MODULES):
+    if is_taken(module):
         return _own(module)
     if next(module.parameters(), None) is not None:
         return None
@@ -172,7 +172,7 @@ def _module_of(model: nn.Module, graph: Graph, node: Node) -> nn.Module:
     if made is None:
         raise _stays(f"{describe(node)} follows, and only {_TAKEN} can be taken")
     module = get_module(model, node.module)
-    if any(type(module).forward is cls.forward for cls in TAKEN_MODULES):
+    if is_taken(module):
         return recognised(module) or made
     return made
 
@@ -225,6 +225,6 @@ def _is_only(graph: Graph, leaf: str, calls: Sequence[Node]) -> bool:
 def _can_go(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or module._forward_hooks:
         return False
-    if any(type(module).forward is cls.forward for cls in TAKEN_MODULES):
+    if is_taken(module):
         return True
     return not (module._modules or module._parameters or module._buffers)

@@ -93,14 +93,14 @@ def publish(
     onnx.helper.set_model_props(properties, dict(metadata))
     # In protobuf the concatenation of two messages is their union: the bytes that were checked
     # and run are published as they are, and their metadata behind them.
-    content = artifact.content + properties.SerializeToString()
+    pieces = (artifact.content, properties.SerializeToString())
     final = path.resolve()
     before = _external_data(final)
     moved = final.parent / artifact.data.name if artifact.data is not None else None
     try:
         if moved is not None and artifact.data is not None:
             _move(artifact.data, moved)
-        write_atomically(path, lambda stream: stream.write(content), force=force)
+        write_atomically(path, lambda stream: [*map(stream.write, pieces)], force=force)
     except BaseException:
         if moved is not None:
             moved.unlink(missing_ok=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bntools.errors import BNToolsError, InputError
-from bntools.examples import Examples, candidates, given, positional
+from bntools.examples import Examples, candidates, given, required
 from bntools.runtimes.sessions import Port
 from bntools.subjects import OnnxSubject, Subject, TorchSubject
 
-__all__ = ["Batches", "batches_of", "first_examples"]
+__all__ = ["Batches", "batches_of", "first_examples", "repeatable"]
 
 _SIZES = (64, 224, 32, 28, 128, 256, 16, 8, 96, 299, 384, 512, 1)
 _ODD = (3, 1)
@@ -52,9 +52,8 @@ def batches_of(
     is dynamic.
     """
     if first is None:
-        again = list(inputs) if iter(inputs) is inputs else inputs
         described = str(getattr(inputs, "described", "")) or "batches that were given"
-        return Batches(again, described, _takes(reference))
+        return Batches(inputs, described, _takes(reference))
     if not first.drawn:
         return Batches([first], str(first))
     found = [first.varied(seed)]
@@ -69,6 +68,21 @@ def batches_of(
     return Batches(found, f"{first}{odd}{' (inferred)' if first.inferred else ''}")
 
 
+class _Kept:
+    """Batches of an iterator, which can be gone through again."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = list(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def repeatable(inputs: Any) -> Any:
+    """Inputs that can be gone through again: what an iterator gives is kept."""
+    return _Kept(inputs) if _is_iterable(inputs) and iter(inputs) is inputs else inputs
+
+
 def _examples(batch: Any, takes: int) -> Examples:
     """A batch of a loader: a list or tuple of more than a model takes ends in labels."""
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
@@ -77,10 +91,10 @@ def _examples(batch: Any, takes: int) -> Examples:
 
 
 def _takes(subject: Subject) -> int:
-    """How many positional inputs a model takes."""
+    """How many positional inputs a model insists on: what else is in a batch are labels."""
     if isinstance(subject, OnnxSubject):
         return len(subject.session.inputs)
-    return positional(subject.model)
+    return required(subject.model)
 
 
 def _is_iterable(inputs: Any) -> bool:

@@ -154,7 +154,8 @@ def calibration_stats(
     made(work, lambda made_up: Feeder(batches, made_up, replace(settings, layout="keep")))
     norms = choose(work, only, skip)
     target = runner(work, settings.device)
-    feeder = Feeder(batches, target, settings)
+    layout = "channels_last" if settings.layout == "auto" else settings.layout
+    feeder = Feeder(batches, target, replace(settings, layout=layout))
     meeting = exchange()
     feeder.may_be_empty = meeting is not None
     chosen = [norm for path, norm in tracked_norms(target).items() if path in norms]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from bntools.dataflow.graph import Graph
 from bntools.dataflow.guard import unwritten
 from bntools.dataflow.reach import Refused
 from bntools.equivalence import run
+from bntools.examples import Examples
 from bntools.modules import get_module, named_modules, preserved
 from bntools.observing import Observation
 from bntools.report import Reason
+from bntools.rewriting import Rewritten
 
 __all__ = ["Refusals", "still_running", "used_in_training", "wrongly_traced"]
 
@@ -33,14 +35,34 @@ def wrongly_traced(seen: Observation, copied: nn.Module, taken: Taken) -> Refusa
     wrong: set[str] = set()
     for examples in (seen.examples, seen.second) if blocks else ():
         _, mine = run(seen.model, examples, watch=blocks)
-        _, theirs = run(copied, examples, watch=blocks)
-        wrong.update(b for b in blocks if not _same(mine.get(b), theirs.get(b)))
-    why = "its forward gives other numbers when torch.fx traces it"
+        try:
+            _, theirs = run(copied, examples, watch=blocks)
+        except Exception:  # noqa: BLE001 - a forward that was traced may raise anything
+            wrong.update(b for b in blocks if not _runs_alone(copied, blocks, b, examples))
+        else:
+            wrong.update(b for b in blocks if not _same(mine.get(b), theirs.get(b)))
+    why = "its forward fails, or gives other numbers, when torch.fx traces it"
     return {
         norm: Refused(Reason.ACTIVATION_STAYS, f"{found} cannot be removed: {why}")
         for norm, found in taken.items()
         if found.after is not None and found.path in wrong
     }
+
+
+def _runs_alone(copied: nn.Module, blocks: Sequence[str], block: str, examples: Examples) -> bool:
+    """Whether the model runs where only this one of the blocks has its traced forward."""
+    others = [get_module(copied, path) for path in blocks if path != block]
+    traced = [(module, type(module)) for module in others if isinstance(module, Rewritten)]
+    try:
+        for module, cls in traced:
+            module.__class__ = cls.__mro__[2]
+        run(copied, examples)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    finally:
+        for module, cls in traced:
+            module.__class__ = cls
+    return True
 
 
 def used_in_training(seen: Observation, taken: Taken) -> Refusals:
@@ -79,19 +101,21 @@ def used_in_training(seen: Observation, taken: Taken) -> Refusals:
 def still_running(before: Graph, after: Graph, taken: Taken, norms: Set[str]) -> Refusals:
     """The norms whose activation still runs after the surgery, or with which others went.
 
-    Compared are the calls of activations in and directly below the modules that were changed.
+    Compared are the numbers of calls of activations in, and directly below, the modules that were
+    changed: a module that is there under two names may go by the other one afterwards.
     """
-    had, has = (Counter(_outside(activation_calls(g), norms)) for g in (before, after))
-    gone = Counter(stack for found in taken.values() for stack in found.stacks)
+    had, has = (_outside(activation_calls(graph), norms) for graph in (before, after))
+    gone = [stack for found in taken.values() for stack in found.stacks]
     refused: Refusals = {}
     for norm, found in taken.items():
-        near = _near(found)
-        wrong = [s for s in had.keys() | has.keys() if near(s) and has[s] != had[s] - gone[s]]
-        if wrong:
-            where = wrong[0][-1] or "the model itself"
-            refused[norm] = Refused(
-                Reason.ACTIVATION_STAYS, f"the activations in {where} did not come out as planned"
-            )
+        for place in _places(found):
+            counts = [sum(_is_at(stack, place) for stack in calls) for calls in (had, has, gone)]
+            if counts[1] != counts[0] - counts[2]:
+                where = place[-1] or "the model itself"
+                refused[norm] = Refused(
+                    Reason.ACTIVATION_STAYS,
+                    f"the activations in {where} did not come out as planned",
+                )
     return refused
 
 
@@ -105,10 +129,15 @@ def _outside(stacks: Iterable[tuple[str, ...]], norms: Set[str]) -> list[tuple[s
     return [stack for stack in stacks if norms.isdisjoint(stack)]
 
 
-def _near(found: Following) -> Any:
-    callers = {stack[: -1 if found.after is None else None] for stack in found.stacks}
-    places = {c if found.after is None else _up_to(c, found.path) for c in callers}
-    return lambda stack: any(stack[: len(p)] == p and len(stack) <= len(p) + 1 for p in places)
+def _places(found: Following) -> set[tuple[str, ...]]:
+    """The calls of the module in which an activation went: who was running then."""
+    if found.after is None:
+        return {stack[:-1] for stack in found.stacks}
+    return {_up_to(stack, found.path) for stack in found.stacks}
+
+
+def _is_at(stack: tuple[str, ...], place: tuple[str, ...]) -> bool:
+    return stack[: len(place)] == place and len(stack) <= len(place) + 1
 
 
 def _up_to(stack: tuple[str, ...], path: str) -> tuple[str, ...]:

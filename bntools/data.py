@@ -51,7 +51,7 @@ class _Cut:
         return low, high
 
 
-@dataclass
+@dataclass(eq=False)
 class Data:
     """Batches of a source; every iteration gives the same samples in the same order.
 

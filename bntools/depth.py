@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from bntools.watching import Key, Layered, Point, TorchLayers
 
 __all__ = ["compare_layers"]
 
-Model = nn.Module | Path | bytes
-_MEMORY = 256 << 20
+Model = nn.Module | str | os.PathLike[str] | bytes
+_MEMORY = 512 << 20
 _UNSURE = 0.3
 """Beyond this relative error of its own, the reference says nothing about a layer."""
 
@@ -55,13 +56,12 @@ def compare_layers(
     Raises `InputError` where a model does not run on the inputs.
 
     Example:
-        >>> import copy, torch
-        >>> from bntools.depth import compare_layers
+        >>> import copy, torch, bntools
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> other = copy.deepcopy(model.eval())
         >>> _ = other[2].bias.data[1].add_(1e-3)
-        >>> found = compare_layers(model, other, torch.ones(5, 4))
+        >>> found = bntools.compare_layers(model, other, torch.ones(5, 4))
         >>> found.first_different.path, found.first_different.where, found.last_agreeing.path
         ('2', 'channel 1', '1')
     """
@@ -85,8 +85,9 @@ def compare_layers(
 
 
 def _subject(model: Model, examples: Examples, provider: str, allow_tf32: bool) -> Layered:  # noqa: FBT001
-    if isinstance(model, (Path, bytes)):
-        return OnnxLayers(model, examples, provider=provider, allow_tf32=allow_tf32)
+    if not isinstance(model, nn.Module):
+        source = model if isinstance(model, bytes) else Path(model)
+        return OnnxLayers(source, examples, provider=provider, allow_tf32=allow_tf32)
     model = unwrap(model)
     fed = examples.cast(dtype_of(model), device_of(model))
     return TorchLayers(model, fed, allow_tf32=allow_tf32)
@@ -105,6 +106,7 @@ class _Pair:
     kind: str
     calls: int = 1
     carries: str = ""
+    host: str = ""
 
 
 def _paired(reference: Layered, candidate: Layered) -> tuple[list[_Pair], list[NotCompared]]:
@@ -140,6 +142,7 @@ class _Side:
     calls: Counter[str]
     changed: frozenset[Any]
     carried: dict[Any, list[Point]]
+    hosts: dict[Key, str]
 
     @classmethod
     def of(cls, subject: Layered, other: Layered) -> _Side:
@@ -153,7 +156,8 @@ class _Side:
         }
         calls = Counter({p.key.path: p.key.call for p in subject.points})
         points = {point.key: point for point in subject.points}
-        return cls(points, calls, frozenset(folded.changed), carried)
+        hosts = {p.key: alike[v][0].key.path for v, ps in carried.items() if v in alike for p in ps}
+        return cls(points, calls, frozenset(folded.changed), carried, hosts)
 
 
 def _pair(point: Point, ours: _Side, theirs: _Side) -> _Pair | str:
@@ -174,7 +178,8 @@ def _pair(point: Point, ours: _Side, theirs: _Side) -> _Pair | str:
         if target is None:
             return _FOLDED
         return _Pair(point, target.key, key, point.kind, calls, carries=target.key.path)
-    return _Pair(point, key, key, point.kind, calls)
+    host = ours.hosts.get(key) or theirs.hosts.get(key, "")
+    return _Pair(point, key, key, point.kind, calls, host=host)
 
 
 def _carried(side: _Side, host: Point, other: _Side) -> Point | None:
@@ -215,7 +220,7 @@ def _parts(pairs: Sequence[_Pair], memory: int) -> Iterator[list[_Pair]]:
 
 # ---- how they are judged -------------------------------------------------------------------------
 
-_LATE = "as they did not run every time"
+_LATE = "as what they give could not be seen every time"
 
 
 def _judged(
@@ -258,11 +263,12 @@ def _judge(
 
 
 def _row(pair: _Pair, judged: OutputError) -> LayerError:
-    """The numbers of the whole, or of the slice that comes nearer to its limit than the whole."""
+    """The numbers of the worst slice, where it differs or is nearer to its limit than the whole."""
     worst: Any = judged
     where = ""
     part = judged.part
-    if part is not None and part.error * judged.limit > judged.error * part.limit:
+    nearer = part is not None and part.error * judged.limit > judged.error * part.limit
+    if part is not None and (nearer or part.error > part.limit):
         worst, where = part, f"{part.kind.removeprefix('position along ')} {part.index}"
     key = pair.shown
     return LayerError(
@@ -277,6 +283,7 @@ def _row(pair: _Pair, judged: OutputError) -> LayerError:
         calls=pair.calls,
         output=key.output,
         carries=pair.carries,
+        host=pair.host,
         note="" if part is not None and judged.note == str(part) else judged.note,
     )
 

@@ -34,14 +34,20 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
         0.75
     """
     described = getattr(batches, "described", "batches")
-    right = counted = 0
+    right = counted = seen = 0
     with _eval_mode(model), torch.inference_mode():
         for batch in batches:
+            seen += 1
             inputs, labels = _labelled(batch, described)
             outputs = _run(model, inputs)
             hits, known = _hits(outputs, labels.to(outputs.device), described)
             right += hits
             counted += known
+    if not seen:
+        raise DataError(
+            f"Cannot evaluate on the {described}: there is no batch. Of few batches none is held"
+            " out; make them smaller (--batch-size)."
+        )
     if not counted:
         raise DataError(f"Cannot evaluate on the {described}: no sample has a label.")
     return right / counted

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bntools.errors import InputError
 from bntools.modules import floating_tensors, named_modules, preserved
 
-__all__ = ["Examples", "candidates", "given", "positional"]
+__all__ = ["Examples", "candidates", "given", "required"]
 
 _SIZES = {
     1: (256, 1024, 64, 16000),
@@ -140,7 +140,7 @@ def candidates(model: nn.Module) -> Iterator[Examples]:
         else:
             first = torch.randn(shape, generator=generator, device="cpu")
             first = first.to(like.device, like.dtype)
-        yield Examples(tuple(first.clone() for _ in range(_required(model))), inferred=True)
+        yield Examples(tuple(first.clone() for _ in range(required(model))), inferred=True)
         if len(shape) == 4:
             yield Examples((list(first),), inferred=True)
 
@@ -244,23 +244,15 @@ def _first_run(model: nn.Module, example: Tensor) -> tuple[nn.Module, int, int] 
     return None
 
 
-def _required(model: nn.Module) -> int:
+def required(model: nn.Module) -> int:
     """How many positional arguments `forward` insists on, at least one."""
-    return max(1, sum(p.default is p.empty for p in _parameters(model)))
-
-
-def positional(model: nn.Module) -> int:
-    """How many positional arguments `forward` takes: at least one, the optional ones included."""
-    return max(1, len(_parameters(model)))
-
-
-def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):
-        return []
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p for p in parameters if p.kind in kinds]
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return max(1, len(needed))
 
 
 def _described(value: Any) -> str:

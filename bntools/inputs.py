@@ -84,7 +84,8 @@ def shaped_inputs(
     first = _first_floating(like)
     usual = dtype or (torch.float32 if first is None else first.dtype)
     generator = torch.Generator().manual_seed(seed)
-    examples = Examples(tuple(_drawn(*_parsed(spec, usual), generator) for spec in specs))
+    tensors = tuple(_drawn(*_parsed(spec, usual), generator) for spec in specs)
+    examples = Examples(tensors, drawn=True)
     return examples if first is None else examples.mapped(lambda t: t.to(first.device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -38,8 +39,10 @@ class Judge:
         self._known: list[tuple[Examples, Truth]] = []
 
     def cast(self, candidate: nn.Module) -> nn.Module:
-        """A candidate, which is changed, in the dtype in which it is judged."""
-        return candidate.to(self.dtype) if self._cast else candidate
+        """A candidate, which is changed, on the CPU in the dtype in which it is judged."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scripted modules look at .grad of what is no leaf
+            return candidate.to("cpu", self.dtype) if self._cast else candidate.to("cpu")
 
     def rounded(self, examples: Examples) -> Examples:
         """The same numbers for the truth as for a candidate of another dtype."""
@@ -117,10 +120,13 @@ def _of(truth: Truth, wanted: tuple[str, ...]) -> Truth:
 
 
 def sizes_that_run(judge: Judge, base: Examples, batch: int, *, seed: int) -> list[Examples]:
-    """Inputs of up to two other batch sizes that the model takes; their truth is known then."""
+    """Inputs of other batch sizes that the model takes; their truth is known then.
+
+    One sample and three, as far as `base` is not that; where it takes neither, twice as many.
+    """
     found: list[Examples] = []
-    for size in dict.fromkeys((*_SIZES, 2 * batch)):
-        if size == batch or len(found) == 2:
+    for size in (*_SIZES, 2 * batch):
+        if size == batch or (size not in _SIZES and found):
             continue
         examples = judge.rounded(resized(base, batch, size).varied(seed + size))
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bntools.report import OutputError, SliceError
-from bntools.tolerance import Limit, difference, slice_limits
+from bntools.tolerance import Limit, Noise, difference, slice_limits
 
 __all__ = ["Measure", "judge", "pooled"]
 
@@ -44,12 +44,16 @@ def judge(
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of each slice: how many values it has, and their squares in the truth and in both errors."""
+    """Of each slice: how many values it has, and their squares in the truth and in both errors.
+
+    `fourth` has the fourth powers of the reference's errors.
+    """
 
     count: Tensor
     truth: Tensor
     own: Tensor
     error: Tensor
+    fourth: Tensor
 
     def plus(self, other: _Sums) -> _Sums:
         return _Sums(*(a + b for a, b in self._pairs(other)))
@@ -64,6 +68,11 @@ class _Sums:
         """Root mean squares in units of the whole output's, which is infinite beside zeros."""
         means = squares / self.count
         return (means / scale).sqrt() if scale else torch.where(means > 0, math.inf, means)
+
+    def carrying(self) -> Tensor:
+        """How many values have an error of the reference: all of them, if it is Gaussian."""
+        spread = 3 * self.own.square() / self.fourth.clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.minimum(spread.nan_to_num(0.0), self.count)
 
 
 @dataclass
@@ -171,9 +180,8 @@ class Measure:
             error, own, truth = (
                 sums.relative(part, scale) for part in (sums.error, sums.own, sums.truth)
             )
-            limits = slice_limits(
-                self.limit, allowed, own, truth, count=sums.count, total=total, alike=axis == 0
-            )
+            noise = Noise(sums.count, sums.carrying(), total, alike=axis == 0)
+            limits = slice_limits(self.limit, allowed, own, truth, noise=noise)
             ratio = torch.where(error > 0, error / limits, 0.0)
             index = int(ratio.argmax())
             if worst is None or float(ratio[index]) > worst[0]:
@@ -208,7 +216,8 @@ def _summed(squares: Sequence[Tensor], axis: int | None) -> _Sums:
     others = [each for each in range(like.dim()) if each != axis]
     size = 1 if axis is None else like.shape[axis]
     count = torch.full((size,) if axis is not None else (), like.numel() / size, dtype=like.dtype)
-    return _Sums(count, *(each.sum(others) if others else each for each in squares))
+    powers = [*squares, squares[1].square()]
+    return _Sums(count, *(each.sum(others) if others else each for each in powers))
 
 
 def _has_classes(tensor: Tensor) -> bool:

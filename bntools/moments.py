@@ -83,9 +83,8 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
     axis: only where it is True do elements count.
 
     Example:
-        >>> x = torch.tensor([[1.0, 100.01], [3.0, 100.03]])
-        >>> moments_of(x).variance(correction=1)
-        tensor([2.0000e+00, 2.0000e-04], dtype=torch.float64)
+        >>> moments_of(torch.tensor([[1.0, 100.5], [3.0, 101.5]])).variance(correction=1)
+        tensor([2.0000, 0.5000], dtype=torch.float64)
     """
     if x.device.type == "mps":  # it has no float64
         return moments_of(x.cpu(), None if mask is None else mask.cpu())

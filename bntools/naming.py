@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -87,7 +87,9 @@ def named_target(
         raise TargetError(_unknown(name))
     if unknown:
         option = unknown[0].replace("_", "-")
-        raise TargetError(f"Cannot replace norms with {name} and --{option}: it has no such option.")
+        raise TargetError(
+            f"Cannot replace norms with {name} and --{option}: it has no such option."
+        )
     return cls(**given) if cls is not None else _factory(name)
 
 
@@ -126,11 +128,17 @@ def target_of(given: Any) -> Target:
     )
 
 
-def target_from_dict(data: Mapping[str, Any]) -> Target:
-    """Read the JSON data of a target; a factory is named there and not imported."""
-    name = str(data["name"])
-    options = {key: value for key, value in data.items() if key != "name"}
-    return _TARGETS[name](**options) if name in _TARGETS else ToFactory(name)
+def target_from_dict(data: Any) -> Target:
+    """Read the JSON data of a target; a factory is named there and not imported.
+
+    Raises TargetError for data of another shape.
+    """
+    try:
+        name = str(data["name"])
+        options = {key: value for key, value in data.items() if key != "name"}
+        return _TARGETS[name](**options) if name in _TARGETS else ToFactory(name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"Cannot read a damaged target: {error!r}.") from error
 
 
 _TARGETS: dict[str, type[Target]] = {

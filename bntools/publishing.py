@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 
 from bntools.artifacts import Artifact, check_publishable, publish, staged
 from bntools.dataflow.graph import Graph
 from bntools.equivalence import coarsest_of
-from bntools.errors import ExportError, LoadError
+from bntools.errors import ExportError, InputError, LoadError
 from bntools.examples import Examples
 from bntools.examples import given as as_given
 from bntools.judging import Judge, sizes_that_run
@@ -28,7 +29,7 @@ from bntools.planning import plan_observed
 from bntools.recipe import Recipe, recipe_of
 from bntools.report import Equivalence, ExportReport, Reason, Report, Result, as_json
 from bntools.runtimes.cleaning import operators, training_norm
-from bntools.runtimes.exporting import Exported, export
+from bntools.runtimes.exporting import OPSETS, Exported, export
 from bntools.runtimes.sessions import Session, open_session
 from bntools.selection import Patterns
 
@@ -93,6 +94,7 @@ def export_onnx(
     """
     target = Path(path)
     check_publishable(target, force=force)
+    _check_runtime(provider)
     chosen = options or ExportOptions()
     asked = _Asked(target, opset, provider, force, chosen)
     job = _begun(model, example_inputs, asked, _dtype(dtype), dynamic=dynamic_batch)
@@ -172,7 +174,7 @@ class _Job:
                 self.judge.know(self.base, carried.truth)
         else:
             self.candidate, self.recipe = duplicate(seen.model), recipe_of(seen.model)
-        self.candidate = self.judge.cast(self.candidate).to("cpu")
+        self.candidate = self.judge.cast(self.candidate)
         with timed(self.seconds, "truth"):
             self.judge.truth(self.base)
             if self.batch is not None:
@@ -228,9 +230,9 @@ class _Job:
             with timed(seconds, "session"):
                 session = _opened(artifact, asked)
             checks = self._compared(session, exported)
-            if exported.dynamic and checks[0] and not all(checks):
-                wrong = next(check for check in checks if not check)
-                self.fix_batch(f"ONNX Runtime gives something else on {wrong.inputs}")
+            wrong = next((check for check in checks if not check), None)
+            if exported.dynamic and checks[0] and wrong is not None:
+                self.fix_batch(f"ONNX Runtime does not give the same on {wrong.inputs}")
                 return None
             report = self._report(exported, session, tuple(checks), artifact)
             if report:
@@ -240,14 +242,23 @@ class _Job:
 
     def _compared(self, session: Session, exported: Exported) -> list[Equivalence]:
         def candidate(examples: Examples) -> Outputs:
-            return exported.named(session.run(exported.feeds(examples)))
+            try:
+                return exported.named(session.run(exported.feeds(examples)))
+            except InputError as error:
+                why = " ".join(str(error.__cause__ or error).split())[:300].rstrip(". ")
+                failures.append(f"ONNX Runtime fails on {examples} ({why})")
+                return {}
 
+        failures: list[str] = []
         tf32 = bool(session.placement.tf32)
+        sizes = (self.base, *(self.others if exported.dynamic else ()))
         with timed(self.seconds, "compare"):
-            return [
+            checks = [
                 self.judge.compare(candidate, examples, only=exported.paths, tf32=tf32)
-                for examples in (self.base, *(self.others if exported.dynamic else ()))
+                for examples in sizes
             ]
+        self.notes += failures
+        return checks
 
     def _report(
         self, exported: Exported, session: Session, checks: tuple[Equivalence, ...], made: Artifact
@@ -283,6 +294,19 @@ class _Job:
         }
         data = publish(artifact, asked.path, metadata, force=asked.force)
         return replace(report, path=str(asked.path), data=str(data) if data else None)
+
+
+def _check_runtime(provider: str) -> None:
+    """Find out before long work that a runtime or device is missing."""
+    if provider != "auto":
+        x, y = (
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"
+        )
+        node = onnx.helper.make_node("Relu", ["x"], ["y"])
+        graph = onnx.helper.make_graph([node], "probe", [x], [y])
+        opset = [onnx.helper.make_opsetid("", OPSETS[0])]
+        model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+        open_session(model.SerializeToString(), provider=provider)
 
 
 def _opened(artifact: Artifact, asked: _Asked) -> Session:

@@ -45,6 +45,8 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _METHODS = ("cumulative", "pooled", "ema")
 _LOADER_BOUND = 0.5
 _LITTLE_LEFT = 0.1
+_LEAST_COMPARED = 8
+_COMPARED = 32
 
 
 def recalibrate(
@@ -209,7 +211,7 @@ class _Recalibration:
         if self.settings.evaluate is None:
             return None
         try:
-            score = scored(model, self.settings.evaluate, held)
+            score = scored(model, self.settings.evaluate, held, inplace=self.options.inplace)
         except BaseException:
             if self.meeting is not None:
                 self.meeting.fail()
@@ -237,7 +239,14 @@ class _Recalibration:
             )
 
     def _feeder(self, model: nn.Module, held: Held) -> Feeder:
-        return Feeder(held.calibration, model, self.options)
+        return Feeder(held.calibration, model, self._laid_out())
+
+    def _laid_out(self) -> RecalibrationOptions:
+        """What "auto" means for this method."""
+        if self.options.layout != "auto":
+            return self.options
+        pooled = self.settings.method == "pooled"
+        return replace(self.options, layout="channels_last" if pooled else "keep")
 
     def _judged(
         self, model: nn.Module, found: Estimated, held: Held, before: float | None, *, fresh: bool
@@ -246,13 +255,14 @@ class _Recalibration:
         new = found.statistics()
         counts = found.counted(self.settings.method)
         first = found.estimate.first if before is None and not fresh else None
-        outputs = self._outputs(model, first, held)
+        samples = found.estimate.samples
+        outputs = self._outputs(model, first, held, samples)
         if self.settings.prior == "auto" and before is not None:
             with timed(self.seconds, "evaluate"):
                 new = self._best(model, found, held, before)
         undo = set_statistics(model, new, counts)
         if before is None:
-            self.comparison = compared(outputs, self._outputs(model, first, held))
+            self.comparison = compared(outputs, self._outputs(model, first, held, samples))
             return new
         try:
             with timed(self.seconds, "evaluate"):
@@ -266,10 +276,12 @@ class _Recalibration:
             undo()
         return new
 
-    def _outputs(self, model: nn.Module, first: Batch | None, held: Held) -> Tensor | None:
-        most = self.options.compare_samples
-        if first is None or not most:
+    def _outputs(
+        self, model: nn.Module, first: Batch | None, held: Held, samples: int
+    ) -> Tensor | None:
+        if first is None or not self.options.compare_samples:
             return None
+        most = min(self.options.compare_samples, max(_LEAST_COMPARED, samples // _COMPARED))
         with timed(self.seconds, "compare"):
             return predictions(self._feeder(model, held), first, most)
 

@@ -166,7 +166,7 @@ def _replacement(
     module: nn.Module, edit: Edit, factory: Callable[[nn.Module], nn.Module] | None
 ) -> nn.Module:
     """The new norm, followed by what the old one did besides, unless the target stands for that."""
-    target = target_from_dict(edit.options["target"])
+    target = target_from_dict(edit.options.get("target"))
     if isinstance(target, ToFactory):
         target = replace(target, factory=factory)
     new = target.build(module)

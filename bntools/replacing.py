@@ -102,11 +102,9 @@ def replace(
     Example:
         >>> import torch, bntools
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
-        >>> bntools.replace(model, bntools.ToGroupNorm(groups=4), torch.rand(1, 3, 8, 8)).model
-        Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): GroupNorm(4, 8, eps=1e-05, affine=True)
-        )
+        >>> result = bntools.replace(model, bntools.ToGroupNorm(groups=4), torch.rand(1, 3, 8, 8))
+        >>> type(result.model[1]).__name__, result.model[1].num_groups
+        ('GroupNorm', 4)
     """
     wanted, options = target_of(target), options or ReplaceOptions()
     if options.distill and fit is None:
@@ -116,11 +114,6 @@ def replace(
         report = ReplacementReport(wanted.to_dict(), (), versions=versions())
         return Result(duplicate(unwrap(model)), report, recipe_of(model))
     batches = None if fit is None else _repeatable(fit)
-    seconds: dict[str, float] = {}
-    with timed(seconds, "plan"):
-        if example_inputs is None and batches is not None and options.forward is None:
-            example_inputs = _first_samples(batches)
-        seen = observe(model, example_inputs)
     choices = Choices(
         wanted,
         frozenset(select([layer.path for layer in layers], only, skip)),
@@ -128,11 +121,27 @@ def replace(
         no_activation=options.no_activation,
         fitted=batches is not None,
     )
+    if example_inputs is None and batches is not None and options.forward is None:
+        example_inputs = _first_samples(batches)
+    return _carried_out(model, example_inputs, choices, batches, options)
+
+
+def _carried_out(
+    model: nn.Module,
+    example_inputs: Any,
+    choices: Choices,
+    batches: Iterable[Any] | None,
+    options: ReplaceOptions,
+) -> Result[ReplacementReport]:
+    """Look at the model, replace, fit, and say what was done."""
+    seconds: dict[str, float] = {}
+    with timed(seconds, "plan"):
+        seen = observe(model, example_inputs)
     with timed(seconds, "replace"):
         planned, replaced = _replaced(seen, choices)
     sites = [each.site for each in planned if each.site is not None]
     report = ReplacementReport(
-        wanted.to_dict(),
+        choices.target.to_dict(),
         (),
         inputs=f"{seen.examples}{' (inferred)' if seen.examples.inferred else ''}",
         warnings=(*seen.warnings, *_warnings(sites, batches)),
@@ -232,7 +241,14 @@ def _fitted(
 def _distilled(
     original: nn.Module, replaced: nn.Module, sites: list[Site], batches: Any, o: ReplaceOptions
 ) -> DistillReport:
-    options = DistillOptions(steps=o.distill, forward=o.forward, progress=o.progress, seed=o.seed)
+    options = DistillOptions(
+        steps=o.distill,
+        cache_bytes=o.cache_bytes,
+        cache_dir=o.cache_dir,
+        forward=o.forward,
+        progress=o.progress,
+        seed=o.seed,
+    )
     return distill(original, replaced, sites, batches, options)
 
 

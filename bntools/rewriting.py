@@ -1,16 +1,20 @@
 """Rewriting the forward of one submodule, where an activation goes from one call site alone.
 
-The submodule's own `forward` is traced with torch.fx, all of its children as leaves; the children
-stay where they are and keep their names. The object gets a subclass of its class, of which nothing
-but `forward` is new. What is stored is which activations went, never code: a file or a copy traces
-the class again.
+The submodule's own `forward` is traced with torch.fx, all of its children as leaves, in eval and in
+training mode, and with optional arguments given and None; other attributes that the forward asks
+count as they are. The children stay where they are and keep their names. The object gets a subclass
+of its class, of which nothing but `forward` is new. What is stored is which activations went, never
+code: a file traces the class again.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,19 +24,28 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from bntools.errors import SurgeryError
 from bntools.modules import get_module, preserved
 
-__all__ = ["TAKEN_MODULES", "Rewritten", "remove_activation_after", "retrace", "why_not_removable"]
+__all__ = [
+    "TAKEN_MODULES",
+    "Rewritten",
+    "is_taken",
+    "remove_activation_after",
+    "retrace",
+    "why_not_removable",
+]
 
 _NAMES = {
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "silu", "gelu", "hardswish", "elu",
     "sigmoid", "tanh",
 }  # fmt: skip
 _KEY = "_bntools_removed"
+_MOST_OPTIONAL = 2
 _Forward = tuple[str, Callable[..., Any]]
 TAKEN_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.ELU,
     nn.Sigmoid, nn.Tanh,
 )  # fmt: skip
 _BY_HAND = {"__call__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__"}
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -70,24 +83,36 @@ def remove_activation_after(module: nn.Module, child: str) -> None:
     It has to be the only user of that, at every call. Raises SurgeryError where the forward cannot
     be traced, or applies no activation there.
     """
-    if isinstance(module, GraphModule):
+    if _is_sequential(module):
+        for name in _slots_after(module, child):
+            module._modules[name] = nn.Identity().train(module.training)
+    elif isinstance(module, GraphModule):
         _edit(module, module.graph, child)
         module.recompile()
     else:
         _rewrite(module, [*module.__dict__.get(_KEY, ()), child])
 
 
+def is_taken(module: nn.Module) -> bool:
+    """Whether a module is one of the activations that may be removed, or inherits its forward."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    return any(type(module).forward is cls.forward for cls in TAKEN_MODULES)
+
+
 def why_not_removable(module: nn.Module, child: str) -> str:
     """Why `remove_activation_after` would refuse; empty where it would not. Nothing changes."""
     try:
-        if isinstance(module, GraphModule):
+        if _is_sequential(module):
+            _slots_after(module, child)
+        elif isinstance(module, GraphModule):
             graph = Graph()
             graph.output(graph.graph_copy(module.graph, {}))
             _edit(module, graph, child)
         else:
             base = _base(module)
-            for training in (False, True):
-                _traced(module, base, [*module.__dict__.get(_KEY, ()), child], training=training)
+            for case in _cases(base):
+                _traced(module, base, [*module.__dict__.get(_KEY, ()), child], case)
     except SurgeryError as error:
         return str(error).partition(": ")[2].rstrip(".")
     return ""
@@ -95,30 +120,42 @@ def why_not_removable(module: nn.Module, child: str) -> str:
 
 def retrace(module: nn.Module) -> None:
     """Give a module its own forward again as torch.fx sees it, with nothing removed."""
-    if not isinstance(module, GraphModule):
+    if not isinstance(module, GraphModule) and not _is_sequential(module):
         _rewrite(module, [*module.__dict__.get(_KEY, ())])
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether a module calls its children one after the other: a place in it may be emptied."""
+    return type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
+
+
+def _slots_after(module: nn.Module, child: str) -> list[str]:
+    """The names under which a Sequential calls the activations after a child."""
+    wanted, names = get_module(module, child), list(module._modules)
+    found = []
+    for place, name in enumerate(names):
+        if module._modules[name] is not wanted:
+            continue
+        rest = (n for n in names[place + 1 :] if not isinstance(module._modules[n], _PASSING))
+        after = next(rest, None)
+        if after is None or not is_taken(get_module(module, after)):
+            raise _cannot(module, f"what follows {name} in it is no activation alone")
+        found.append(after)
+    return found
 
 
 def _rewrite(module: nn.Module, removed: Sequence[str]) -> None:
     """Give a module the forward of its class without the activations after some children."""
-    base, forwards = _forwards(module, removed)
+    base = _base(module)
+    forwards = {case: _forward(module, base, removed, case) for case in _cases(base)}
     namespace = {
-        "forward": _by_mode(base, *forwards),
+        "forward": _by_case(base, forwards),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
     module.__class__ = type(base.__name__, (Rewritten, base), namespace)
     module.__dict__[_KEY] = tuple(removed)
-
-
-def _forwards(
-    module: nn.Module, removed: Sequence[str]
-) -> tuple[type[nn.Module], tuple[_Forward, _Forward]]:
-    """The class of a module, and its forward in eval and in training mode."""
-    base = _base(module)
-    evaluating = _forward(module, base, removed, training=False)
-    return base, (evaluating, _forward(module, base, removed, training=True))
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
@@ -152,25 +189,47 @@ class _Leaves(Tracer):
         return True
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What a forward may decide on: the mode, and which optional arguments are None."""
+
+    training: bool
+    absent: tuple[bool, ...] = ()
+
+
+def _optional(base: type[nn.Module]) -> list[tuple[int, str]]:
+    """The arguments that are None by default, with their places; of many only the first few."""
+    parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+    found = [(i, p.name) for i, p in enumerate(parameters) if p.default is None]
+    return found[:_MOST_OPTIONAL]
+
+
+def _cases(base: type[nn.Module]) -> list[_Case]:
+    absent = product((False, True), repeat=len(_optional(base)))
+    return [_Case(training, which) for which in absent for training in (False, True)]
+
+
 def _forward(
-    module: nn.Module, base: type[nn.Module], removed: Sequence[str], *, training: bool
+    module: nn.Module, base: type[nn.Module], removed: Sequence[str], case: _Case
 ) -> _Forward:
-    """The code and the function of a forward in one mode, activations removed."""
-    shell, graph = _traced(module, base, removed, training=training)
+    """The code and the function of a forward in one case, activations removed."""
+    shell, graph = _traced(module, base, removed, case)
     made = GraphModule(shell, graph, base.__name__)
     return made.code, type(made).forward
 
 
 def _traced(
-    module: nn.Module, base: type[nn.Module], removed: Sequence[str], *, training: bool
+    module: nn.Module, base: type[nn.Module], removed: Sequence[str], case: _Case
 ) -> tuple[nn.Module, Graph]:
-    """The graph of a forward in one mode, activations removed, and the object that it is of."""
-    shell = _shell(module, base, training=training)
+    """The graph of a forward in one case, activations removed, and the object that it is of."""
+    shell = _shell(module, base, training=case.training)
+    optional = zip(_optional(base), case.absent, strict=True)
+    fixed = {name: None for (_, name), absent in optional if absent}
     before = dict(shell.__dict__)
     tables = {name: dict(before[name]) for name in _TABLES}
     with preserved(module), torch.no_grad():
         try:
-            graph = _Leaves().trace(shell)
+            graph = _Leaves().trace(shell, concrete_args=fixed or None)
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise _cannot(module, f"torch.fx cannot trace its forward ({why})") from error
@@ -178,6 +237,9 @@ def _traced(
     same = now.keys() == before.keys() and all(now[k] is v for k, v in before.items())
     if not same or any(now[name] != table for name, table in tables.items()):
         raise _cannot(module, "its forward sets attributes, or makes tensors of its own")
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") == "_assert_is_none":
+            graph.erase_node(node)  # this forward is called in no other case
     for child in removed:
         _edit(shell, graph, child)
     return shell, graph
@@ -193,18 +255,20 @@ def _shell(module: nn.Module, base: type[nn.Module], *, training: bool) -> nn.Mo
     return shell
 
 
-def _by_mode(
-    base: type[nn.Module],
-    evaluating: _Forward,
-    training: _Forward,
-) -> Callable[..., Any]:
-    """One forward, which asks for the mode only where the two differ."""
-    if evaluating[0] == training[0]:
-        return evaluating[1]
+def _by_case(base: type[nn.Module], forwards: Mapping[_Case, _Forward]) -> Callable[..., Any]:
+    """One forward, which asks for the case only where that makes a difference."""
+    if len({code for code, _ in forwards.values()}) == 1:
+        return next(iter(forwards.values()))[1]
+    optional = _optional(base)
+    table = {(case.training, case.absent): run for case, (_, run) in forwards.items()}
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (training if self.training else evaluating)[1](self, *args, **kwargs)
+        absent = tuple(
+            (args[place] if len(args) > place else kwargs.get(name)) is None
+            for place, name in optional
+        )
+        return table[self.training, absent](self, *args, **kwargs)
 
     return forward
 
@@ -233,8 +297,7 @@ def _is_activation(module: nn.Module, node: Node, data: Node) -> bool:
     if not node.args or node.args[0] is not data or node.all_input_nodes.count(data) != 1:
         return False
     if node.op == "call_module":
-        found = get_module(module, str(node.target))
-        return any(type(found).forward is cls.forward for cls in TAKEN_MODULES)
+        return is_taken(get_module(module, str(node.target)))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_function", "call_method") and name.rstrip("_") in _NAMES
 

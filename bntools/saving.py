@@ -21,6 +21,7 @@ from bntools.errors import SaveError
 from bntools.modules import named_modules
 from bntools.recipe import recipe_of
 from bntools.report import Result
+from bntools.rewriting import Rewritten
 
 __all__ = [
     "check_writable",
@@ -245,6 +246,7 @@ def _culprit(model: nn.Module) -> str:
     """What in a model cannot be saved, by its path."""
     for path, module in named_modules(model):
         cls, at = type(module), f" at {path}" if path else ""
+        cls = cls.__mro__[2] if isinstance(module, Rewritten) else cls
         if isinstance(module, torch.jit.ScriptModule):
             return f"the module{at} is TorchScript, which is saved with torch.jit.save"
         if _found(cls) is not cls:

@@ -101,14 +101,10 @@ class OnnxLayers:
         changed: set[Hashable] = set()
         carried: dict[Hashable, tuple[Hashable, str]] = {}
         for i in gone:
-            value = self._nodes[i].input[0]
-            way = [value]
-            while self._producer.get(value) in gone:
-                value = self._nodes[self._producer[value]].input[0]
-                way.append(value)
-            if self._is_linear(value):
+            way = self._way_to(i, gone)
+            if way:
                 changed.update(way)
-                carried[value] = self._nodes[i].output[0], *self._innermost(i)
+                carried[way[-1]] = self._nodes[i].output[0], *self._innermost(i)
         return Folded(changed, carried)
 
     def visit(self, wanted: Collection[Key], see: See) -> None:
@@ -170,6 +166,23 @@ class OnnxLayers:
             i is not None and self._nodes[i].op_type == "MatMul" for i in behind
         )
         return node.op_type in _LINEAR or is_biased
+
+    def _way_to(self, norm: int, gone: list[int]) -> list[str]:
+        """The values from a norm back to the layer that can have absorbed it; none otherwise.
+
+        It cannot where something else uses one of them.
+        """
+        returned = {value.name for value in self._proto.graph.output}
+        way: list[str] = []
+        user: int | None = norm
+        while user in gone:
+            value = self._nodes[user].input[0]
+            uses = [i for i, node in enumerate(self._nodes) if value in node.input]
+            if uses != [user] or value in returned:
+                return []
+            way.append(value)
+            user = self._producer.get(value)
+        return way if self._is_linear(way[-1]) else []
 
     def _points(self) -> Iterator[Point]:
         """What leaves the nodes of each module's call, in execution order; the outputs last."""

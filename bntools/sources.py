@@ -113,9 +113,10 @@ class FolderSource:
         self.folder = folder
         self.files = _images_below(folder)
         if not self.files:
+            hint = f" Its shards are read as {folder}/*.tar." if any(folder.glob("*.tar")) else ""
             raise DataError(
                 f"Cannot use the data {folder}: no image is in it or below it"
-                f" ({', '.join(sorted(EXTENSIONS))})."
+                f" ({', '.join(sorted(EXTENSIONS))}).{hint}"
             )
         classes = _classes(folder, self.files)
         self.size: int | None = len(self.files)

@@ -115,7 +115,8 @@ class TrackedNorm:
 
 
 def _buffer(module: nn.Module, name: str) -> Tensor | None:
-    found = module._buffers.get(name)
+    buffers = module._buffers
+    found = buffers[name] if name in buffers else None  # noqa: SIM401 - TorchScript has no get
     return None if found is None or is_lazy(found) else found
 
 

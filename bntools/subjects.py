@@ -19,6 +19,7 @@ from bntools.equivalence import (
 )
 from bntools.errors import BNToolsError, InputError
 from bntools.examples import Examples
+from bntools.modules import is_unmade, named_modules, named_tensors
 from bntools.outputs import Outputs, flatten, tensors_only
 from bntools.runtimes.devices import torch_placement
 from bntools.runtimes.sessions import Session, open_session
@@ -35,6 +36,7 @@ class TorchSubject:
     """
 
     def __init__(self, model: nn.Module, name: str = "", *, allow_tf32: bool = False) -> None:
+        _check_made(model)
         self.model = model
         self.name = name or type(model).__name__
         self.allow_tf32 = allow_tf32
@@ -193,6 +195,19 @@ def paired(outputs: Outputs, names: Sequence[str]) -> Outputs:
         names[index] if index < len(names) else name: tensor
         for index, (name, tensor) in enumerate(outputs.items())
     }
+
+
+def _check_made(model: nn.Module) -> None:
+    if any(tensor.is_meta for *_, tensor in named_tensors(model)):
+        raise InputError(
+            "Cannot run a model on the meta device: it has no numbers. Load them first."
+        )
+    lazy = next((path for path, module in named_modules(model) if is_unmade(module)), None)
+    if lazy is not None:
+        raise InputError(
+            f"Cannot judge the model: {lazy or type(model).__name__} has lazy parameters that no"
+            " forward has made yet. Run it once before."
+        )
 
 
 def _like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

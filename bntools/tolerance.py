@@ -15,6 +15,7 @@ __all__ = [
     "FLOAT64_LIMIT",
     "INTEGER_SHARE",
     "Limit",
+    "Noise",
     "difference",
     "float64_limit",
     "limit",
@@ -29,8 +30,10 @@ BLIND_FACTOR = 80.0
 INTEGER_SHARE = 0.005
 """The share of an integer output that may differ: rounding decides between near ties."""
 FLOAT64_LIMIT = 1e-10
+MOST = 32.0
+"""How many values of a slice count as independent."""
 FEW = 16.0
-"""A slice of so many values says as much about the noise in it as the whole output does."""
+"""The errors of so many values say as much about the noise in a slice as the whole output does."""
 
 
 def limit(reference_error: float, dtype: torch.dtype) -> float:
@@ -61,6 +64,8 @@ class Limit:
         """What the relative L2 error of an output may be."""
         if self.allowed is not None:
             return self.allowed
+        if not math.isfinite(own):  # it overflows in its own dtype, which excuses nothing
+            return EPS_FACTOR * self.eps
         return max(FACTOR * self.coarser * own, EPS_FACTOR * self.eps)
 
     def of_share(self, own: float) -> float:
@@ -71,7 +76,7 @@ class Limit:
         """Where the limit comes from, in words."""
         if self.allowed is not None:
             return f"fixed at {self.allowed:.2g}"
-        if EPS_FACTOR * self.eps >= FACTOR * self.coarser * own:
+        if not math.isfinite(own) or EPS_FACTOR * self.eps >= FACTOR * self.coarser * own:
             return f"{EPS_FACTOR:g} roundings of {self.eps:.2g}"
         scaled = f" at {self.coarser:.3g} times its rounding" if self.coarser != 1 else ""
         return f"{FACTOR:g}x the reference's own error{scaled}"
@@ -87,30 +92,40 @@ class Limit:
         return f"{self.share:.1%} of the integers, for near ties"
 
 
-def slice_limits(
-    rule: Limit,
-    whole: float,
-    own: Tensor,
-    truth: Tensor,
-    *,
-    count: Tensor,
-    total: int,
-    alike: bool,
-) -> Tensor:
+def slice_limits(rule: Limit, whole: float, own: Tensor, truth: Tensor, *, noise: Noise) -> Tensor:
     """What each slice of an output may be off, where the whole may be off by `whole`.
 
     All are root mean squares in units of the whole output's. A slice may be off by k times the
-    reference's own error in it, or by c roundings of its own values. In a slice of m values the
-    reference's error may be small by luck: it may also be off by the part `sqrt(16 / (16 + m))` of
-    `whole`, and where slices are `alike`, as samples are, by all of it. Of S slices of m values
-    with equal noise the largest is about `1 + sqrt(ln S / m)` of the mean: all is multiplied by it.
+    reference's own error in it, by c roundings of its own values, or by the same part of them as
+    the whole may be. Where the reference's error comes from a few of its values it may be small by
+    luck: from m of them, a slice may also be off by `sqrt(16 / (16 + m)) * whole`. Of S slices of n
+    values with equal noise the largest has about `1 + sqrt(ln S / n)` times the mean: all is
+    multiplied by that, with n no more than 32, as neighbours err alike.
     """
-    spread = 1 + (math.log(max(total, 2)) / count).sqrt()
+    spread = 1 + (math.log(max(noise.slices, 2)) / noise.count.clamp(max=MOST)).sqrt()
     if rule.allowed is not None:
         return spread * rule.allowed * truth.clamp(min=1.0)
-    pool = torch.ones_like(count) if alike else (FEW / (FEW + count)).sqrt()
-    terms = (FACTOR * rule.coarser * own, EPS_FACTOR * rule.eps * truth, whole * pool)
+    luck = (FEW / (FEW + noise.carrying)).sqrt()
+    share = torch.maximum(luck, truth.clamp(max=1.0))
+    if noise.alike:
+        share = torch.ones_like(share)
+    own = torch.where(own.isfinite(), own, 0.0)
+    terms = (FACTOR * rule.coarser * own, EPS_FACTOR * rule.eps * truth, whole * share)
     return spread * torch.stack(terms).amax(0)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much the errors of slices say: how many values each has, and how many carry an error.
+
+    `slices` is how many of them there are in all; `alike` are those of which none differs from the
+    others but by chance, as samples.
+    """
+
+    count: Tensor
+    carrying: Tensor
+    slices: int
+    alike: bool
 
 
 def float64_limit(reference_error: float, dtype: torch.dtype) -> float:

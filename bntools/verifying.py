@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from bntools.artifacts import staged
-from bntools.batches import Batches, batches_of, first_examples
+from bntools.batches import Batches, batches_of, first_examples, repeatable
 from bntools.depth import compare_layers
-from bntools.equivalence import Comparison, Truth
+from bntools.equivalence import Comparison, Truth, device_of
 from bntools.errors import BNToolsError, ExportError, InputError
 from bntools.examples import Examples
 from bntools.loading import is_onnx, read_model
@@ -120,7 +120,7 @@ class Reference:
 
     def __init__(self, model: Model, inputs: Any = None, *, seed: int = 0) -> None:
         self._subject = _opened(model, _How(None, None, None, allow_tf32=False))
-        self._inputs = inputs
+        self._inputs = repeatable(inputs)
         self._seed = seed
         self._batches: Batches | None = None
         self._kept: dict[tuple[int, torch.dtype | None], Truth] = {}
@@ -162,7 +162,7 @@ class Reference:
         return first_examples(self._subject, subject, self._inputs)
 
     def _all(self, subject: Subject) -> Batches:
-        """The batches; what is inferred once is kept, if this candidate takes it."""
+        """The batches; those that are inferred for the first candidate serve all others."""
         if self._batches is None:
             first = self._first(subject)
             self._batches = batches_of(self._subject, subject, self._inputs, first, self._seed)
@@ -184,7 +184,7 @@ class Reference:
         if comparison is None:
             raise InputError("Cannot compare the models: there is no batch. Give some inputs.")
         truth_seconds = self.seconds - before
-        judged = comparison.result(batches.described)
+        judged = comparison.result(batches.described, _remarks(subject, how))
         seconds = {
             "truth": round(truth_seconds, 4),
             "candidate": round(time.perf_counter() - start - truth_seconds, 4),
@@ -252,7 +252,9 @@ def _torch_candidate(module: nn.Module, name: str, how: _How) -> TorchSubject:
     if how.provider is None:
         return TorchSubject(module, name, allow_tf32=how.allow_tf32)
     device, reason = torch_device(how.provider)
-    subject = TorchSubject(duplicate(module).to(device), name, allow_tf32=how.allow_tf32)
+    if device_of(module).type != device.type:
+        module = duplicate(module).to(device)
+    subject = TorchSubject(module, name, allow_tf32=how.allow_tf32)
     subject.placement = torch_placement(device, allow_tf32=how.allow_tf32, reason=reason)
     return subject
 
@@ -330,6 +332,16 @@ def _comparison(truth: Truth, subject: Subject, how: _How) -> Comparison:
     if subject.placement.tf32:
         eps = max(eps, TF32_EPS)
     return Comparison(eps=eps, coarser=max(1.0, eps / own))
+
+
+def _remarks(subject: Subject, how: _How) -> list[str]:
+    """What the user should know about a precision that was asked for."""
+    if how.dtype is None or how.runtime == "onnxruntime" or isinstance(subject, TorchSubject):
+        return []
+    if torch.finfo(subject.coarsest).eps >= torch.finfo(how.dtype).eps:
+        return []
+    name = str(how.dtype).removeprefix("torch.")
+    return [f"judged in {name} as asked; what the file takes and gives is finer than that"]
 
 
 def _in_dtype(plain: Truth, subject: Subject, examples: Examples, dtype: torch.dtype) -> Truth:

@@ -118,7 +118,6 @@ class TorchLayers:
             ) from error
         self.points = tuple(_points(model, self._graph))
         self._sites = _sites(self._graph)
-        self._jittered: nn.Module | None = None
 
     @property
     def norms(self) -> Set[str]:
@@ -138,18 +137,15 @@ class TorchLayers:
     def folded(self, norms: Set[str]) -> Folded:
         """What differs by design in a model in which these norms are folded."""
         gone = {node for path in norms for node in self._sites.get(path, ())}
+        while kept := {node for node in gone if not _hosts(node, gone)}:
+            gone -= kept
         changed: set[Hashable] = set()
         carried: dict[Hashable, tuple[Hashable, str]] = {}
         for node in sorted(gone, key=lambda each: each.order):
-            try:
-                hosts = sources(node.inputs[0], gone)
-            except Refused:
-                continue  # what it sees is nobody's to absorb it: all of it has to agree
             changed.update(_between(node.inputs[0], gone))
-            for host in hosts:
-                changed.update(
-                    v for move in reach(host.outputs[0], set()).moves for v in move.outputs
-                )
+            for host in _hosts(node, gone):
+                moves = reach(host.outputs[0], frozenset()).moves
+                changed.update(value for move in moves for value in move.outputs)
             origin = _origin(node, gone)
             if origin is not None:
                 carried[origin] = node.outputs[0], node.norm.owner
@@ -178,11 +174,9 @@ class TorchLayers:
 
         Random numbers come from another seed: what draws them shows by a large error.
         """
-        if self._jittered is None:
-            self._jittered = duplicate(self.model)
-        _jitter(self._jittered, self.model, seed)
+        jittered = _jittered(self.model, seed)
         with tf32(self.tf32):
-            run_watched(self._jittered, self.examples, wanted, see, seed=seed)
+            run_watched(jittered, self.examples, wanted, see, seed=seed)
 
     def exactly(self) -> Callable[[Collection[Key], See], None] | None:
         """The same in float64, if the model runs in that."""
@@ -200,12 +194,17 @@ class TorchLayers:
 
 
 @torch.no_grad()
-def _jitter(copied: nn.Module, model: nn.Module, seed: int) -> None:
+def _jittered(model: nn.Module, seed: int) -> nn.Module:
+    """A copy in which every floating parameter and buffer is off by about one rounding."""
     generator = torch.Generator().manual_seed(seed)
-    for (*_, target), (*_, source) in zip(named_tensors(copied), named_tensors(model), strict=True):
-        if source.is_floating_point():
-            noise = torch.randn(source.shape, generator=generator, device="cpu").to(source)
-            target.copy_(source + source * noise * (torch.finfo(source.dtype).eps / 2))
+    moved: dict[int, Tensor] = {}
+    for *_, tensor in named_tensors(model):
+        if tensor.is_floating_point() and tensor.layout is torch.strided:
+            noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
+            new = tensor + tensor * noise * (torch.finfo(tensor.dtype).eps / 2)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
+    return duplicate(model, moved)
 
 
 def _sites(graph: Graph) -> dict[str, list[Node]]:
@@ -219,6 +218,8 @@ def _points(model: nn.Module, graph: Graph) -> Iterator[Point]:
     modules = dict(named_modules(model))
     calls: Counter[str] = Counter()
     for path, values in graph.calls:
+        if isinstance(modules[path], torch.jit.ScriptModule):
+            continue  # no hook sees what it gives
         calls[path] += 1
         kind = type(modules[path]).__name__
         for output, value in enumerate(values):
@@ -226,6 +227,20 @@ def _points(model: nn.Module, graph: Graph) -> Iterator[Point]:
             for length in value.shape:
                 size *= length
             yield Point(Key(path, calls[path], output), kind, size, value)
+
+
+def _hosts(norm: Node, gone: Set[Node]) -> list[Node]:
+    """The layers that can have absorbed a norm; none where all on the way to it has to agree.
+
+    A layer that something else uses as well cannot have: the norm is gone as nobody uses what it
+    gives, or wrongly.
+    """
+    try:
+        hosts = sources(norm.inputs[0], gone)
+    except Refused:
+        return []
+    ends = [end for host in hosts for end in reach(host.outputs[0], gone - {norm}).ends]
+    return hosts if all(end.node is norm or end.partial for end in ends) else []
 
 
 def _between(value: Value, gone: Set[Node]) -> Iterator[Value]:
@@ -249,6 +264,11 @@ def _origin(norm: Node, gone: Set[Node]) -> Value | None:
     while value.producer is not None and value.producer in gone:
         value = value.producer.inputs[0]
     return value if value.producer is not None and value.producer.kind is Kind.LINEAR else None
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether it is part of a batch that vmap has under way."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001 - no public name
 
 
 class _Enough(BaseException):
@@ -283,9 +303,10 @@ def _showing(model: nn.Module, wanted: Collection[Key], see: See) -> Iterator[No
                 calls[path] += 1
                 for output, tensor in enumerate(tensors_in(out)):
                     key = Key(path, calls[path], output)
-                    if key in missing:
+                    if key in missing and not _is_wrapped(tensor):
                         missing.discard(key)
-                        see(key, tensor.detach())
+                        with torch.inference_mode(mode=False), torch.no_grad():
+                            see(key, tensor.detach())
                 if not missing:
                     raise _Enough
 

@@ -121,72 +121,68 @@ def _numbers(
         ) from None
 
 
-def _options(name: str, *, required: bool) -> list[Callable[..., Any]]:
-    return [
-        click.option(
-            name,
-            "source",
-            metavar="SOURCE",
-            required=required,
-            help="Data: a folder of images (class folders give labels), arrays in .npz, .npy, .pt"
-            " or .safetensors (FILE?images=NAME&labels=NAME), .tar shards,"
-            " torchvision:NAME?root=DIR&split=train, or package.module:function.",
-        ),
-        click.option(
-            "--batch-size",
-            type=click.IntRange(1),
-            default=32,
-            help="Samples of a batch, over all processes (default 32).",
-        ),
-        click.option(
-            "--max-samples", type=click.IntRange(1), help="Use no more samples than these."
-        ),
-        click.option(
-            "--shuffle/--no-shuffle",
-            default=None,
-            help="Whether to draw the samples in random order (--seed). By default only what is"
-            " sorted by class is.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(0, 256),
-            default=0,
-            help="Threads that read and decode ahead (default 0).",
-        ),
-        click.option(
-            "--preset",
-            metavar="NAME",
-            help="Prepare images as for these weights of torchvision, such as"
-            " ResNet50_Weights.IMAGENET1K_V2, or as for timm:NAME; downloads nothing.",
-        ),
-        click.option(
-            "--size",
-            metavar="SIZE",
-            callback=_size,
-            help="Resize images to cover this (224, or height x width: 224x320), and crop the"
-            " centre.",
-        ),
-        click.option(
-            "--mean",
-            metavar="NUMBERS",
-            callback=_numbers,
-            help="Subtract from pixels in [0, 1]: one number, or R,G,B.",
-        ),
-        click.option(
-            "--std", metavar="NUMBERS", callback=_numbers, help="Divide by, after --mean."
-        ),
-        click.option(
-            "--grayscale/--rgb",
-            default=None,
-            help="One channel, or three. By default image files have three, and arrays what they"
-            " have.",
-        ),
-        click.option(
-            "--skip-broken",
-            is_flag=True,
-            help="Leave out images that cannot be read, and name them.",
-        ),
-    ]
+def _source(name: str, *, required: bool) -> Callable[..., Any]:
+    return click.option(
+        name,
+        "source",
+        metavar="SOURCE",
+        required=required,
+        help="Data: a folder of images (class folders give labels), arrays in .npz, .npy, .pt"
+        " or .safetensors (FILE?images=NAME&labels=NAME), .tar shards,"
+        " torchvision:NAME?root=DIR&split=train, or package.module:function.",
+    )
+
+
+_OPTIONS = [
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=32,
+        help="Samples of a batch, over all processes (default 32).",
+    ),
+    click.option("--max-samples", type=click.IntRange(1), help="Use no more samples than these."),
+    click.option(
+        "--shuffle/--no-shuffle",
+        default=None,
+        help="Whether to draw the samples in random order (--seed). By default only what is"
+        " sorted by class is.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0, 256),
+        default=0,
+        help="Threads that read and decode ahead (default 0).",
+    ),
+    click.option(
+        "--preset",
+        metavar="NAME",
+        help="Prepare images as for these weights of torchvision, such as"
+        " ResNet50_Weights.IMAGENET1K_V2, or as for timm:NAME; downloads nothing.",
+    ),
+    click.option(
+        "--size",
+        metavar="SIZE",
+        callback=_size,
+        help="Resize images to cover this (224, or height x width: 224x320), and crop the centre.",
+    ),
+    click.option(
+        "--mean",
+        metavar="NUMBERS",
+        callback=_numbers,
+        help="Subtract from pixels in [0, 1]: one number, or R,G,B.",
+    ),
+    click.option("--std", metavar="NUMBERS", callback=_numbers, help="Divide by, after --mean."),
+    click.option(
+        "--grayscale/--rgb",
+        default=None,
+        help="One channel, or three. By default image files have three, and arrays what they have.",
+    ),
+    click.option(
+        "--skip-broken",
+        is_flag=True,
+        help="Leave out images that cannot be read, and name them.",
+    ),
+]
 
 
 def data_options(
@@ -207,7 +203,7 @@ def data_options(
                 )
             command(*arguments, data=data, **values)
 
-        for option in reversed(_options(name, required=required)):
+        for option in (*reversed(_OPTIONS), _source(name, required=required)):
             option(run)
         return run
 

@@ -20,13 +20,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.missing = out_channels - channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W)."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if out.shape != x.shape:
-            missing = out.shape[1] - x.shape[1]
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, missing // 2, missing // 2))
+        if self.missing:
+            half = self.missing // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
         return F.relu(out + x)
 
 

@@ -7,32 +7,51 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import timm
 import torch
 import torchvision
+from hypothesis.errors import UnsatisfiedAssumption
 from onnx import numpy_helper
 from randomise import randomise, settle
+from test_random_graphs import KINDS as KINDS_OF_STEPS
+from test_random_graphs import image, runs, write
 from torch import Tensor, nn
 
 import bntools
 from bntools.affine import Affine
+from bntools.depth import compare_layers
 from bntools.equivalence import in_float64
 from bntools.planning import compiled_of
-from bntools.report import Equivalence
+from bntools.report import Equivalence, LayerError
 from bntools.surgery.folding import fold_copy
 from bntools.verifying import Reference
 
-__all__ = ["ARCHITECTURES", "KINDS", "Fault", "Fold", "fold_of", "matters"]
+__all__ = [
+    "ARCHITECTURES",
+    "KINDS",
+    "Fault",
+    "Fold",
+    "Outcome",
+    "correct_folds",
+    "fold_of",
+    "severity",
+]
 
 _SAMPLE = Path(__file__).parent.parent / "samples" / "digits_cnn.pt"
 _SEED = 11
 SHIFT = 1e-3
 """A shift of one channel, in standard deviations of that channel."""
+MATTERS = 10
+"""A fault matters where it changes the float64 output by so many limits."""
 
 
 # Architectures
@@ -193,13 +212,48 @@ class Fold:
         onnx.save(self.onnx, path)
         return path
 
-    def mattering(self, folded: nn.Module) -> float:
-        """How much a fault changes the float64 output, as a multiple of the limit."""
-        return matters(self.reference.judge(in_float64(folded)))
+    def outcome(self, fault: Fault, folder: Path | None = None) -> Outcome:
+        """Plant a fault and see who catches it; on ONNX Runtime too where there is a folder."""
+        faulty = self.faulty(fault)
+        candidates: dict[str, nn.Module | Path] = {"torch": faulty}
+        if folder is not None:
+            candidates["onnxruntime"] = self.faulty_onnx(faulty, folder / "faulty.onnx")
+        change = severity(self.reference.judge(in_float64(faulty)))
+        caught = {name: not self.reference.judge(each) for name, each in candidates.items()}
+        if change >= MATTERS:
+            return Outcome(fault, change, caught)
+        layers = {
+            name: compare_layers(self.model, each, self.inputs).first_different
+            for name, each in candidates.items()
+        }
+        return Outcome(fault, change, caught, layers)
 
 
-def matters(judged: Equivalence) -> float:
-    """The largest change of an output or a slice of it, as a multiple of its limit."""
+@dataclass(frozen=True)
+class Outcome:
+    """How much a fault changes the float64 output, in limits, and on which runtimes it is caught.
+
+    `layers` has the first layer that differs, for faults that change the output too little.
+    """
+
+    fault: Fault
+    change: float
+    caught: dict[str, bool]
+    layers: dict[str, LayerError | None] = field(default_factory=dict)
+
+    @property
+    def matters(self) -> bool:
+        """Whether the output has to show it."""
+        return self.change >= MATTERS
+
+    def is_named(self, runtime: str) -> bool:
+        """Whether the first layer that differs is the one with the fault."""
+        first = self.layers.get(runtime)
+        return first is not None and self.fault.path in (first.path, first.carries)
+
+
+def severity(judged: Equivalence) -> float:
+    """The largest error of an output, or of a slice of one, as a multiple of its limit."""
     return max(output.severity for output in judged.outputs)
 
 
@@ -228,3 +282,65 @@ def fold_of(name: str) -> Fold:
     plan = bntools.plan_fold(model, inputs)
     correct = fold_copy(model, compiled_of(plan).folds).model
     return Fold(model, inputs, plan, Reference(model, inputs), correct)
+
+
+# Correct folds
+
+
+def correct_folds(
+    count: int, *, nets: bool = True
+) -> Iterator[tuple[str, nn.Module, Any, nn.Module]]:
+    """So many (name, network, inputs, its correct fold): small nets in turn, and random ones."""
+    named = _small_nets() if nets else iter(())
+    drawn = _random_networks()
+    for index in range(count):
+        found = next(named, None) if index % 2 else None
+        yield found if found is not None else next(drawn)
+
+
+def _small_nets() -> Iterator[tuple[str, nn.Module, Any, nn.Module]]:
+    for seed, name in itertools.product(range(3), _SMALL):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if name.startswith("timm:"):
+                model = timm.create_model(name.removeprefix("timm:"))
+            else:
+                model = getattr(torchvision.models, name)(weights=None)
+            x = torch.randn(2, 3, 64, 64)
+        model.eval()
+        randomise(model, seed)
+        settle(model, x)
+        yield f"{name}, seed {seed}", model, x, _fold(model, x)
+
+
+_SMALL = (
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "resnet18", "timm:ghostnet_050",
+    "timm:test_efficientnet", "timm:resnet10t", "timm:repvgg_a0",
+)  # fmt: skip
+
+
+def _random_networks() -> Iterator[tuple[str, nn.Module, Any, nn.Module]]:
+    """Networks of tests/test_random_graphs.py, in float32, in which something folds."""
+    for seed in itertools.count():
+        choose = random.Random(seed)
+        rank = choose.randint(0, 3)
+        program = [
+            (choose.choice(KINDS_OF_STEPS), choose.randint(0, 9), choose.randint(0, 999))
+            for _ in range(choose.randint(4, 14))
+        ]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # hypothesis: this is no property
+                model = write(rank, program, [])
+        except UnsatisfiedAssumption:
+            continue
+        x = image(rank, 4, 6)
+        if runs(model, x) is None:
+            continue
+        model, x = model.float(), x.float()
+        if bntools.plan_fold(model, x).folds:
+            yield f"random network {seed}", model, x, _fold(model, x)
+
+
+def _fold(model: nn.Module, x: Tensor) -> nn.Module:
+    return fold_copy(model, compiled_of(bntools.plan_fold(model, x)).folds).model

@@ -109,8 +109,8 @@ class Row:
         )
 
 
-def measure(name: str, target: str) -> Row:
-    """Replace the norms of one model, and try the result in every way."""
+def measure(name: str, target: str, *, export: bool = True) -> Row:
+    """Replace the norms of one model, and try the result in every way (an export takes seconds)."""
     torch.manual_seed(0)
     start = time.perf_counter()
     model, example = _prepared(name)
@@ -119,7 +119,9 @@ def measure(name: str, target: str) -> Row:
     notes: list[str] = []
     runs = _tried(notes, "runs", lambda: _runs(result.model, example))
     reloads = _tried(notes, "reloads", lambda: _reloads(result, example))
-    errors = _tried(notes, "exports", lambda: _export_errors(result.model, example))
+    errors = None
+    if export:
+        errors = _tried(notes, "exports", lambda: _export_errors(result.model, example))
     error, own = errors or (float("inf"), float("inf"))
     exports = errors is not None and error <= max(LIMIT, FACTOR * own)
     if errors is not None and not exports:

@@ -425,7 +425,7 @@ def test_images_of_two_sizes_need_a_size(tmp_path):
     assert [batch.shape[3] for batch in read_data(tmp_path, batch_size=1)] == [8, 9]
 
 
-@pytest.mark.parametrize("content", ["nothing", "texts", "hidden"])
+@pytest.mark.parametrize("content", ["nothing", "texts", "hidden", "shards"])
 def test_a_folder_without_an_image_is_an_error(tmp_path, content):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -433,8 +433,11 @@ def test_a_folder_without_an_image_is_an_error(tmp_path, content):
         (folder / "a.txt").write_text("text")
     elif content == "hidden":
         (folder / ".a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no image is in it or below it \(\.bmp, \.jpeg"):
+    elif content == "shards":
+        (folder / "a.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image is in it or below it \(\.bmp, \.jpeg") as caught:
         read_data(folder)
+    assert str(caught.value).endswith("/*.tar.") is (content == "shards")
 
 
 # ---- preprocessing -------------------------------------------------------------------------------

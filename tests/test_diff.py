@@ -189,7 +189,7 @@ def test_every_difference_can_be_drawn(tmp_path, case):
         found = Difference((bare,))
     elif case == "odd names":
         odd = LayerDrift(**{**vars(found.layers[0]), "path": r"a$\frac{1$_^{"})
-        found = Difference((odd,) * 200)
+        found = Difference((odd,) * 90)
     bntools.write_plot(found, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 5000
 
@@ -262,12 +262,15 @@ def test_json_report_and_plot_are_written(folder):
 
 
 def test_state_dicts_take_an_architecture(folder):
+    (folder / "mine.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.BatchNorm2d(2))\n"
+    )
     for name in ("a", "b"):
-        model = bntools.load("torchvision:resnet18")
-        model.bn1.running_mean.fill_(1.0 if name == "b" else 0.0)
+        model = nn.Sequential(nn.BatchNorm2d(2))
+        model[0].running_mean.fill_(1.0 if name == "b" else 0.0)
         torch.save(model.state_dict(), f"{name}.pth")
-    result = run("a.pth", "b.pth", "--arch", "torchvision:resnet18")
-    assert "the largest drift is at bn1, channel 0: symmetric KL 0.5" in result.stdout
+    result = run("a.pth", "b.pth", "--arch", "mine:net")
+    assert "the largest drift is at 0, channel 0: symmetric KL 0.5" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -282,7 +285,7 @@ def test_state_dicts_take_an_architecture(folder):
         (("a.pt", "b.pt", "--report", "r.svg", "--plot", "r.svg"), 2, "name the same file"),
         (("a.pt", "b.pt", "--report", "no/r.json"), 3, "there is no folder"),
         (("a.pt", "b.pt", "--sort", "size"), 2, "Invalid value for '--sort'"),
-        (("a.pt", "timm:vit_tiny_patch16_224"), 3, "no norm layer with running statistics"),
+        (("a.pt", "torchvision:squeezenet1_1"), 3, "no norm layer with running statistics"),
     ],
 )
 def test_what_cannot_be_compared_is_explained(folder, arguments, code, says):

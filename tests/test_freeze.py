@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from randomise import named_modules, outputs, randomise
+from randomise import named_modules, norms, outputs, randomise, run
 from timm.layers.norm_act import (
     BatchNormAct2d,
     FrozenBatchNormAct2d,
@@ -21,11 +21,12 @@ from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from zoo_models import MODELS
 
 import bntools
 from bntools.errors import BNToolsError, InputError, LoadError, PlanError, SurgeryError
 from bntools.modules import get_module
-from bntools.norms import EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0, is_frozen
+from bntools.norms import EvoNorm1dB0, EvoNorm2dB0, EvoNorm3dB0, FrozenEvoNorm2dB0, is_frozen
 from bntools.norms import FrozenBatchNorm2d as OurFrozen
 from bntools.norms.conversion import (
     from_frozen_batchnorm,
@@ -542,6 +543,57 @@ def test_a_class_that_cannot_be_derived_from_is_left_alone():
     assert "Final is final" in decision.detail
 
 
+def test_a_forward_that_is_set_on_the_layer_is_left_alone():
+    """It may do anything, and to another layer than the copy that would be tried."""
+    norm = nn.BatchNorm2d(C)
+    norm.forward = lambda x: F.batch_norm(x, norm.running_mean, norm.running_var, training=True)
+    (decision,) = bntools.freeze(nn.Sequential(norm)).report.decisions
+    assert decision.reason is Reason.MORE_THAN_NORM
+    assert "set on the layer itself" in decision.detail
+
+
+class Guarded(nn.BatchNorm2d):
+    """Has a `training` flag, a `train` and a `__setattr__` of its own."""
+
+    @property
+    def training(self):
+        return self.__dict__.get("_own_mode", True)
+
+    @training.setter
+    def training(self, mode):
+        self.__dict__["_own_mode"] = mode
+
+    def train(self, mode=True):
+        self.__dict__["training"] = mode
+        return super().train(mode)
+
+    def __setattr__(self, name, value):
+        if (
+            name == "running_var"
+            and "_buffers" in self.__dict__
+            and self._buffers.get(name) is not None
+        ):
+            raise RuntimeError("it is mine")
+        super().__setattr__(name, value)
+
+
+def test_a_class_with_a_mode_of_its_own_is_frozen_and_comes_back():
+    module = Guarded(C).train()
+    x = torch.randn(4, C, 3, 3)
+    expected = eval_output(module, x)
+    frozen = freeze_module(module)
+    assert_keeps(frozen.train(), x, expected)
+    assert unfreeze_module(frozen.eval()).training is False
+
+
+def test_a_hook_that_sets_the_mode_changes_nothing():
+    module = nn.BatchNorm2d(C)
+    x = torch.randn(4, C, 3, 3)
+    expected = eval_output(module, x)
+    module.register_forward_pre_hook(lambda layer, _: layer.train() and None)
+    assert_keeps(freeze_module(module), x, expected)
+
+
 def test_trying_a_layer_out_leaves_no_trace():
     """An own forward is tried on a copy: the layer and the random numbers stay as they were."""
     torch.manual_seed(3)
@@ -663,6 +715,16 @@ def test_a_frozen_subclass_loads_only_where_its_class_is_allowed(tmp_path):
     assert torch.equal(loaded(x), result.model(x))
 
 
+def test_layers_of_known_libraries_load_without_being_allowed(known, tmp_path):
+    module, x = known
+    frozen = freeze_module(module)
+    bntools.save(nn.Sequential(frozen), tmp_path / "known.pt")
+    (loaded,) = bntools.load(tmp_path / "known.pt").train()
+    assert type(loaded) is type(frozen)
+    assert torch.equal(loaded(x.clone()), frozen(x.clone()))
+    assert type(unfreeze_module(loaded)) is thawed_class(type(frozen))
+
+
 class Attack:
     """A pickle that calls something with these arguments."""
 
@@ -693,6 +755,18 @@ def test_a_file_cannot_rebuild_anything_else(arguments, says, tmp_path):
         bntools.load(tmp_path / "bad.pt")
 
 
+def test_frozen_classes_can_be_made_like_any_layer():
+    """They are importable: a model definition may name them."""
+    x = torch.randn(2, C, 3, 3)
+    norm = OurFrozen(C, affine=False).train()
+    assert torch.equal(norm(x), nn.BatchNorm2d(C).eval()(x))
+    assert type(bntools.unfreeze(nn.Sequential(norm)).model[0]) is nn.BatchNorm2d
+    bare = FrozenEvoNorm2dB0(C, nonlinearity=False).train()
+    assert torch.equal(bare(x), x)
+    with pytest.raises(RuntimeError, match="running_mean"):
+        OurFrozen(C, track_running_stats=False)(x)
+
+
 def test_rebuilding_what_is_no_module_is_an_error():
     with pytest.raises(TypeError, match="expected a class of modules"):
         rebuild(dict)
@@ -704,12 +778,19 @@ def test_frozen_classes_know_their_origin():
     assert frozen_class(OurFrozen) is OurFrozen
     assert frozen_class(Doubled) is frozen_class(Doubled)
 
-    class Own(OurFrozen):
+
+def test_a_class_that_was_written_frozen_has_no_other():
+    class Mixin:
+        pass
+
+    class Own(OurFrozen, Mixin):
         pass
 
     model = nn.Sequential(Own(C))
     assert bntools.freeze(model).report.decisions[0].reason is Reason.ALREADY_FROZEN
-    assert bntools.unfreeze(model).report.decisions[0].reason is Reason.MORE_THAN_NORM
+    (decision,) = bntools.unfreeze(model).report.decisions
+    assert decision.reason is Reason.MORE_THAN_NORM
+    assert "written frozen" in decision.detail
 
 
 # Other verbs on frozen models
@@ -923,6 +1004,27 @@ def test_a_whole_timm_model_trains_with_its_statistics_fixed(name):
     assert all(torch.equal(t, before[n]) for n, t in frozen.named_buffers())
     assert loss.isfinite()
     model.load_state_dict(frozen.state_dict())
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_the_zoo_is_frozen_whole(name):
+    """With every norm layer set to training mode no buffer changes; unfrozen, it is as it was."""
+    model = MODELS[name].build().eval()
+    if not norms(model):
+        pytest.skip("it has no norm layers")
+    said = repr(model)
+    result = bntools.freeze(model, inplace=True)
+    foreign = {d.reason for d in result.report.kept}
+    assert foreign <= {Reason.ALREADY_FROZEN}
+    before = {n: t.clone() for n, t in model.named_buffers()}
+    for norm in norms(model).values():
+        norm.train()
+    run(model, MODELS[name].example(1))
+    assert all(torch.equal(t, before[n]) for n, t in model.named_buffers())
+    if not foreign:
+        assert repr(bntools.unfreeze(model, inplace=True).model) == said
 
 
 def test_paths_of_the_report_lead_to_the_layers():

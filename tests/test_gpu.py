@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 import torchvision
+from onnx_models import FLOAT, linear, node, onnx_model
 from randomise import randomise, settle
 from torch import nn
 
 import bntools
+from bntools.errors import RuntimeUnavailableError
 from bntools.report import Action
+from bntools.runtimes.sessions import open_session
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,3 +129,91 @@ def test_generator_of_the_device_is_left_as_it_was(resnet, images):
     before = torch.cuda.get_rng_state()
     bntools.fold(on_gpu(resnet), images.cuda())
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+# ONNX Runtime on the device
+
+
+def has_cuda_provider() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+in_onnx_runtime = pytest.mark.skipif(
+    not has_cuda_provider(), reason="onnxruntime has no CUDA provider (onnxruntime-gpu has)"
+)
+
+
+@in_onnx_runtime
+def test_session_on_cuda_runs_every_node_there():
+    session = open_session(linear().SerializeToString(), provider="cuda")
+    placement = session.placement
+    assert placement.provider == "cuda"
+    assert set(placement.nodes) == {"CUDA"}
+    assert placement.device == torch.cuda.get_device_name()
+    assert (placement.tf32, placement.host) == (False, 0)
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    expected = open_session(linear().SerializeToString()).run({"x": x})["y"]
+    assert torch.allclose(session.run({"x": x})["y"], expected, rtol=1e-6, atol=1e-6)
+
+
+@in_onnx_runtime
+def test_node_that_cuda_does_not_have_is_an_error_that_names_it():
+    model = onnx_model(
+        [node("Det", "x", "y", name="determinant")], [("x", FLOAT, [2, 3, 3])], [("y", FLOAT, [2])]
+    )
+    with pytest.raises(RuntimeUnavailableError, match=r"determinant \(Det\)"):
+        open_session(model.SerializeToString(), provider="cuda")
+    assert open_session(model.SerializeToString(), provider="auto").placement.provider == "cpu"
+
+
+@in_onnx_runtime
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_fold_is_verified_in_onnx_runtime_on_the_device(resnet, images, dtype):
+    folded = bntools.fold(resnet, images).model
+    how = {"runtime": "onnxruntime", "provider": "cuda", "dtype": dtype}
+    result = bntools.verify(resnet, folded, images, **how)
+    assert result, str(result)
+    assert result.placement.provider == "cuda"
+    assert result.placement.nodes["CUDA"] > 20
+    folded.layer3[0].conv1.bias.data[3] += 1.0
+    assert not bntools.verify(resnet, folded, images, **how)
+
+
+@in_onnx_runtime
+def test_tf32_is_judged_by_its_own_rounding_in_onnx_runtime(resnet, images):
+    reference = bntools.Reference(resnet, images)
+    how = {"runtime": "onnxruntime", "provider": "cuda"}
+    exact = reference.judge(resnet, **how)
+    coarse = reference.judge(resnet, **how, allow_tf32=True)
+    assert exact, str(exact)
+    assert coarse, str(coarse)
+    assert (exact.placement.tf32, coarse.placement.tf32) == (False, True)
+    assert exact.worst.limit < 1e-4 < coarse.worst.limit
+
+
+def test_candidate_is_moved_to_the_device_and_the_original_stays(resnet, images):
+    result = bntools.verify(resnet, resnet, images, provider="cuda")
+    assert result, str(result)
+    assert result.placement.device == torch.cuda.get_device_name()
+    assert devices(resnet) == {"cpu"}
+    auto = bntools.verify(resnet, resnet, images, provider="auto")
+    assert auto.placement.provider == "cuda"
+    wrong = copy.deepcopy(resnet)
+    wrong.layer3[0].bn1.eps = 1e-3
+    assert not bntools.verify(resnet, wrong, images, provider="cuda")
+
+
+def test_tf32_is_off_unless_it_is_allowed(resnet, images):
+    """Whatever torch is set to: verify has its own setting, and restores torch's."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    exact = bntools.verify(resnet, resnet, images, provider="cuda")
+    coarse = bntools.verify(resnet, resnet, images, provider="cuda", allow_tf32=True)
+    assert torch.backends.cudnn.allow_tf32
+    assert exact, str(exact)
+    assert coarse, str(coarse)
+    assert exact.worst.limit < 1e-4 < coarse.worst.limit
+    assert exact.worst.error < coarse.worst.error

@@ -21,6 +21,7 @@ from bntools.norms import (
     EvoNorm3dB0,
     EvoNorm3dS0,
     EvoNormB0,
+    functional,
 )
 from bntools.norms.evonorm import fitting_groups
 
@@ -474,6 +475,19 @@ def test_an_empty_batch_is_refused_in_training_and_passes_in_eval_mode():
     assert EvoNorm2dS0(CHANNELS)(empty).shape == empty.shape
 
 
+def test_recalibration_takes_the_average_of_the_batches_variances():
+    """`bntools.recalibrate` gives what cumulative momentum would, from the activations it sees."""
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), EvoNorm2dB0(CHANNELS)).eval()
+    batches = [torch.randn(4, 3, 5, 5) + i for i in range(3)]
+    result = bntools.recalibrate(model, batches)
+    with torch.no_grad():
+        seen = [model[0](batch).double().var((0, 2, 3), correction=0) for batch in batches]
+    expected = torch.stack(seen).mean(0).float()
+    torch.testing.assert_close(result.model[1].running_var, expected, rtol=1e-4, atol=1e-5)
+    frozen = bntools.freeze(model).model
+    assert (bntools.recalibrate(frozen, batches).model[1].running_var == 1).all()
+
+
 # Precision
 
 
@@ -520,6 +534,17 @@ def test_a_large_mean_does_not_swallow_the_variance(build):
     norm = build(32)
     exact = copy.deepcopy(norm).double()(x.float().double())
     torch.testing.assert_close(norm(x.float()).double(), exact, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_both_ways_to_the_moments_agree(groups):
+    """The one for GPUs is run here, too, and its gradients."""
+    x = torch.from_numpy(drawn((4, CHANNELS, 5, 3))).requires_grad_()
+    ways = functional._moments(x, groups, EPS), functional._reduced(x.view(4, groups, -1), EPS)
+    for one, other in zip(*ways, strict=True):
+        torch.testing.assert_close(one, other)
+    grads = [torch.autograd.grad((mean * rstd).sum(), x)[0] for mean, rstd in ways]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("build", [EvoNorm2dS0, EvoNorm2dB0, ChannelLayerNorm])
@@ -618,6 +643,18 @@ def test_onnx_runtime_gives_the_same(tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(found, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("build", [EvoNorm2dS0, EvoNorm2dB0, ChannelLayerNorm])
+def test_a_gpu_gives_the_same(build, dtype):
+    norm = build(48).to(dtype)
+    x = torch.from_numpy(drawn((4, 48, 7, 5))).to(dtype)
+    exact = copy.deepcopy(norm).double()(x.double())
+    error = (norm.cuda()(x.cuda()).cpu().double() - exact).abs()
+    assert error.max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("build", [EvoNorm2dS0, EvoNorm2dB0])

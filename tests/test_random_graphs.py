@@ -288,9 +288,9 @@ def _common(a: int, b: int) -> int:
 
 
 _OFTEN = ("host", "norm", "norm", *["block"] * 9)
-_KINDS = (*_OFTEN, *sorted(n[3:] for n in vars(Writer) if n.startswith("do_")))
+KINDS = (*_OFTEN, *sorted(n[3:] for n in vars(Writer) if n.startswith("do_")))
 _INSTRUCTIONS = st.lists(
-    st.tuples(st.sampled_from(_KINDS), st.integers(0, 9), st.integers(0, 999)),
+    st.tuples(st.sampled_from(KINDS), st.integers(0, 9), st.integers(0, 999)),
     min_size=2,
     max_size=14,
 )

@@ -98,6 +98,18 @@ def test_cumulative_is_pytorchs_loop_to_k_ulps(sizes):
         assert module.training is False
 
 
+def test_large_images_give_pytorchs_figures_to_the_bit():
+    """The forwards are the same to the last bit, deep layers too, unless asked to be faster."""
+    model, batches = cnn(), images(6, size=64).split(3)
+    twin, _ = plain_loop(model, batches)
+    found = bntools.recalibrate(model, batches).model
+    for name, buffer in statistics(found).items():
+        assert torch.allclose(buffer, twin.get_buffer(name), rtol=2 * EPS, atol=2 * EPS)
+    quick = bntools.recalibrate(model, batches, options=Options(layout="channels_last")).model
+    for name, buffer in statistics(quick).items():
+        assert torch.allclose(buffer, twin.get_buffer(name), rtol=1e-4, atol=1e-5)
+
+
 def test_the_ulps_see_another_estimator():
     """Pooled statistics of the same batches are further away than any rounding."""
     model, batches = cnn(), images(19).split([17, 2])
@@ -237,6 +249,37 @@ def test_large_images_run_channels_last_with_the_same_statistics():
     for name, buffer in statistics(quick.model).items():
         assert torch.allclose(buffer, kept.model.get_buffer(name), rtol=1e-5, atol=1e-6)
     assert quick.model.conv1.weight.is_contiguous()
+
+
+def test_weights_that_share_memory_survive_the_change_of_layout():
+    """Tied modules, tied data, and a view kept outside of the parameters."""
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    model[2].weight.data = model[0].weight.data
+    model.eval()
+
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.body = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), model
+            self.view = self.conv.weight.detach().flatten(1)
+            self.same = self.conv
+
+        def forward(self, x):
+            return self.body(self.norm(self.same(x) * self.view.std()))
+
+    viewing = Viewing().eval()
+    before = {name: p.clone() for name, p in viewing.named_parameters()}
+    x = images(6, size=64)
+    quick = bntools.recalibrate(viewing, x.split(3), method="pooled")
+    kept = bntools.recalibrate(viewing, x.split(3), method="pooled", options=Options(layout="keep"))
+    for name, buffer in statistics(quick.model).items():
+        assert torch.allclose(buffer, kept.model.get_buffer(name), rtol=1e-4, atol=1e-5)
+    for name, parameter in quick.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.stride() == before[name].stride()
+    assert torch.equal(quick.model.view, quick.model.conv.weight.flatten(1))
 
 
 class Counting(nn.Module):
@@ -400,6 +443,37 @@ def test_forward_runs_the_batch_as_the_caller_wants():
         options=Options(forward=lambda model, batch: model(batch["pixels"], torch.tensor(3.0))),
     )  # fmt: skip
     assert torch.allclose(found.model.norm.running_var, (3 * x).var(0, correction=0), rtol=1e-5)
+
+
+def test_a_list_of_images_counts_its_images():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images):
+            return [self.norm(image[None]) for image in images]
+
+    batches = [([torch.rand(3, 4, 5), torch.rand(3, 6, 2)], None)] * 2
+    result = bntools.recalibrate(Detector(), batches, method="pooled")
+    assert result.report.samples == 4
+    assert result.model.norm.num_batches_tracked == 4
+
+
+def test_scripted_norms_are_reported():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(self.scripted(x))
+
+    model = Partly().eval()
+    result = bntools.recalibrate(model, [torch.randn(8, 3)])
+    assert [layer.path for layer in result.report.layers] == ["norm"]
+    assert [(x.path, x.kind) for x in result.report.left_alone] == [("scripted.1", "BatchNorm1d")]
 
 
 @pytest.mark.parametrize(

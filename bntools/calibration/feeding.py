@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bntools.calibration.options import RecalibrationOptions
+from bntools.dataflow.guard import storage_key
 from bntools.errors import BNToolsError, CalibrationError, InputError
-from bntools.modules import floating_tensors, named_modules
+from bntools.modules import floating_tensors, loose_tensors, named_modules, named_tensors
 
 __all__ = ["Batch", "Feeder"]
 
@@ -33,6 +35,16 @@ class Batch:
 
     def __str__(self) -> str:
         return f"batch {self.number}"
+
+    def first(self, most: int) -> Batch:
+        """Its first samples: of every tensor that has as many rows as the batch."""
+        if self.samples <= most:
+            return self
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:most] if tensor.dim() and tensor.shape[0] == self.samples else tensor
+
+        return Batch(self.number, tree_map_only(Tensor, cut, self.content), most)
 
 
 class Feeder:
@@ -53,10 +65,12 @@ class Feeder:
         self.dtype = None if options.autocast or like is None else like.dtype
         self.may_be_empty = False
         self.waited = 0.0
-        self._likes_channels_last = options.layout == "auto" and _likes_channels_last(
+        self._likes_channels_last = options.layout == "channels_last" and _likes_channels_last(
             model, self.device
         )
         self._laid_out = False
+        self._strides: dict[int, tuple[nn.Parameter, tuple[int, ...]]] = {}
+        self._holders: Counter[int | None] = Counter()
         self._accepted = _keywords(model)
 
     @property
@@ -89,7 +103,7 @@ class Feeder:
     def prepared(self, raw: Any, number: int) -> Batch:
         """A batch on the device, in the dtype of the model."""
         tensors = [t for t in tree_leaves(raw) if isinstance(t, Tensor) and t.dim()]
-        samples = int(tensors[0].shape[0]) if tensors else 0
+        samples = _samples(raw, tensors)
         if not samples and self.options.forward is None and not self.may_be_empty:
             raise CalibrationError(
                 f"Cannot take statistics of batch {number}: it has no sample. Give tensors, (input,"
@@ -113,6 +127,8 @@ class Feeder:
     def _moved(self, tensor: Tensor) -> Tensor:
         floating = tensor.is_floating_point()
         dtype = self.dtype if floating and self.options.forward is None else None
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # the copy then runs beside the last batch
         moved = tensor.to(self.device, dtype or tensor.dtype, non_blocking=True)
         if self._is_large_image(moved):
             return moved.contiguous(memory_format=torch.channels_last)
@@ -124,17 +140,44 @@ class Feeder:
         return tensor.shape[2] * tensor.shape[3] >= _WORTH
 
     def lay_out(self, content: Any) -> None:
-        """Put convolution weights like large images; `modules.preserved` turns them back."""
+        """Put convolution weights like large images, until the end of `layout_kept`."""
         if self._laid_out or not any(
             isinstance(leaf, Tensor) and self._is_large_image(leaf) for leaf in tree_leaves(content)
         ):
             return
         self._laid_out = True
+        tensors = {id(t): t for *_, t in named_tensors(self.model)}
+        held = [*tensors.values(), *loose_tensors(self.model)]
+        self._holders = Counter(storage_key(tensor) for tensor in held)
         for _, module in named_modules(self.model):
             weight = module._parameters.get("weight")
-            if isinstance(module, nn.Conv2d) and weight is not None:
-                with suppress(RuntimeError):  # an inference tensor, a subclass: it stays as it is
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            if not isinstance(module, nn.Conv2d) or weight is None or weight.is_inference():
+                continue
+            if id(weight) not in self._strides and weight.is_contiguous():
+                self._strides[id(weight)] = (weight, weight.stride())
+                self._arrange(weight, weight.data.contiguous(memory_format=torch.channels_last))
+
+    @contextmanager
+    def layout_kept(self) -> Iterator[None]:
+        """Give the weights back the layout that they had."""
+        try:
+            yield
+        finally:
+            for weight, strides in self._strides.values():
+                wanted = torch.empty_strided(
+                    weight.shape, strides, dtype=weight.dtype, device=weight.device
+                )
+                self._arrange(weight, wanted.copy_(weight.data))
+            self._strides.clear()
+            self._laid_out = False
+
+    def _arrange(self, weight: nn.Parameter, wanted: Tensor) -> None:
+        """Give a weight another layout; one that is ours keeps its memory, and needs no more."""
+        if self.options.inplace or self._holders[storage_key(weight)] > 1:
+            weight.data = wanted
+            return
+        same = weight.data.as_strided(wanted.shape, wanted.stride(), weight.storage_offset())
+        weight.data = same.copy_(wanted)
 
     def _arguments(self, content: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(content, dict):
@@ -159,6 +202,14 @@ def _checked(batches: Any) -> Iterable[Any] | Callable[[], Iterable[Any]]:
         )
     given: Iterable[Any] | Callable[[], Iterable[Any]] = batches
     return given
+
+
+def _samples(raw: Any, tensors: Sequence[Tensor]) -> int:
+    """The rows of the first tensor, or the images of a list (as detection models take them)."""
+    first = raw[0] if isinstance(raw, (list, tuple)) and raw else raw
+    if isinstance(first, list) and all(isinstance(item, Tensor) for item in first):
+        return len(first)
+    return int(tensors[0].shape[0]) if tensors else 0
 
 
 def _likes_channels_last(model: nn.Module, device: torch.device) -> bool:

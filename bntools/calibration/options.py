@@ -22,8 +22,9 @@ class RecalibrationOptions:
     What runs: `device` (default: where the model is), `autocast` (a dtype for `torch.autocast`),
     `forward(model, batch)` in place of calling the model on the batch's inputs, and
     `mask(batch)`, a boolean tensor (N, ...) of the positions that count, resized to each layer.
-    `layout`: "auto" runs larger images channels last where that is faster (CPU); "keep" does not,
-    and takes the norm kernels' own figures for "cumulative" and "ema", as PyTorch's loop does.
+    `layout`: "channels_last" runs convolutions on larger images in that layout, which is faster on
+    the CPU, and rounds otherwise; "keep" does not; "auto" does for the method "pooled" alone, so
+    that "cumulative" and "ema" are PyTorch's own loop to the last bits.
 
     How long: at most `max_batches` a pass, or until the 95 % confidence interval of every channel's
     mean (in standard deviations) and variance (relative) is within `max_error`; with
@@ -33,14 +34,15 @@ class RecalibrationOptions:
     `keep_partial` keeps the batches before a failure or Ctrl-C; `add_statistics` gives running
     statistics to layers without any; `gate` keeps the result only if `evaluate` finds it not worse.
 
-    The rest: `inplace` changes the model itself, at the end and all or nothing; `compare_samples`
-    predictions are compared before and after where there is no `evaluate`; `held_out` is the share
+    The rest: `inplace` changes the model itself, at the end and all or nothing; up to
+    `compare_samples` predictions (a 32nd of the samples, at least 8) are compared before and after
+    where there is no `evaluate`; `held_out` is the share
     of the batches on which `prior="auto"` scores; `progress` is called after every batch.
     """
 
     device: torch.device | str | None = None
     autocast: torch.dtype | None = None
-    layout: Literal["auto", "keep"] = "auto"
+    layout: Literal["auto", "keep", "channels_last"] = "auto"
     forward: Callable[[nn.Module, Any], Any] | None = None
     mask: Callable[[Any], Tensor] | None = None
     max_batches: int | None = None
@@ -64,7 +66,10 @@ class RecalibrationOptions:
             "tolerance": (self.tolerance > 0, "above 0, such as 1e-3"),
             "held_out": (0 < self.held_out < 1, "between 0 and 1"),
             "compare_samples": (self.compare_samples >= 0, "0 or more"),
-            "layout": (self.layout in ("auto", "keep"), '"auto" or "keep"'),
+            "layout": (
+                self.layout in ("auto", "keep", "channels_last"),
+                '"auto", "keep" or "channels_last"',
+            ),
         }
         for name, (fits, rule) in rules.items():
             if not fits:

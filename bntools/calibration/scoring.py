@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from bntools.calibration.feeding import Batch, Feeder
+from bntools.dataflow.guard import unwritten
 from bntools.errors import InputError
 from bntools.modules import named_modules, preserved
 from bntools.report import Comparison
 
-__all__ = ["Held", "Score", "compared", "predictions", "scored", "still"]
+__all__ = ["Held", "Score", "compared", "predictions", "scored", "undisturbed"]
 
 Score = Callable[..., Any]
 
 
-def still(model: nn.Module) -> None:
-    """Eval mode for all modules, also where a class overrides `train`."""
-    model.eval()
-    for _, module in named_modules(model):
-        if module.training:
-            module.training = False
+@contextmanager
+def undisturbed(model: nn.Module, *, inplace: bool) -> Iterator[None]:
+    """Run a model in eval mode, without gradients, and leave it as it was, buffers included.
+
+    What is not a copy of ours (`inplace`) is watched for writes to anything.
+    """
+    kept = unwritten(model) if inplace else _buffers_kept(model)
+    with preserved(model), kept, torch.no_grad():
+        model.eval()
+        for _, module in named_modules(model):
+            if module.training:  # its class overrides `train`
+                module.training = False
+        yield
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    buffers = [
+        (buffer, buffer._version, buffer.detach().clone())
+        for _, module in named_modules(model)
+        for buffer in module._buffers.values()
+        if buffer is not None and not is_lazy(buffer) and not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, content in buffers:
+                if buffer._version != version:
+                    buffer.copy_(content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +104,12 @@ def _wants_batches(evaluate: Score) -> bool:
     return len(wanted) >= 2
 
 
-def scored(model: nn.Module, evaluate: Score, held: Held) -> float:
+def scored(model: nn.Module, evaluate: Score, held: Held, *, inplace: bool) -> float:
     """The score of a model in eval mode, which is as it was afterwards.
 
     Raises InputError for a score that is no number.
     """
-    with preserved(model), torch.no_grad():
-        still(model)
+    with undisturbed(model, inplace=inplace):
         given = evaluate(model) if held.held_out is None else evaluate(model, held.held_out)
     try:
         score = float(given)
@@ -105,8 +131,9 @@ def predictions(feeder: Feeder, batch: Batch, most: int) -> Tensor | None:
 
     They are the softmax of the first floating output of two axes or more, float64 on the CPU.
     """
-    with preserved(feeder.model), torch.no_grad():
-        still(feeder.model)
+    if feeder.options.forward is None:
+        batch = batch.first(most)
+    with undisturbed(feeder.model, inplace=feeder.options.inplace), feeder.layout_kept():
         feeder.lay_out(batch.content)
         out = feeder.run(batch)
     leaves = tree_leaves(vars(out) if hasattr(out, "logits") else out)

@@ -125,6 +125,7 @@ class Taps:
         self, tap: Tap, module: Any, original: Callable[..., Any], given: tuple[Any, Any]
     ) -> Any:
         """Let the layer train for one step with momentum 1: its statistics are the batch's."""
+        _clear(tap)
         momentum, module.momentum, module.training = module.momentum, 1.0, True
         try:
             out = original(*given[0], **given[1])
@@ -137,6 +138,7 @@ class Taps:
 
     def _see(self, tap: Tap, x: Tensor, *, kernel: bool) -> None:
         if kernel:
+            _clear(tap)
             torch.batch_norm_update_stats(x, tap.mean, tap.variance, 1.0)
             self._note(tap, _read(tap, x))
             return
@@ -149,7 +151,8 @@ class Taps:
 
     def missed(self, index: int, moments: Moments) -> None:
         """What the other processes saw at a layer that this one did not run."""
-        self._note(self.taps[index], moments)
+        tap = self.taps[index]
+        self._note(tap, moments.to(tap.variance.device))
 
     def _note(self, tap: Tap, moments: Moments) -> None:
         if self.needs_deviation and moments.count == 1 and tap.first.rule.correction:
@@ -207,6 +210,13 @@ def _is_ordinary(module: nn.Module) -> bool:
         return True
     owner = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), None)
     return owner is not None and (owner.__module__, owner.__name__) in _STANDARD_NAMES
+
+
+def _clear(tap: Tap) -> None:
+    """A NaN of the last batch would stay: kernels add 0 times the old statistics."""
+    if tap.mean is not None:
+        tap.mean.zero_()
+    tap.variance.zero_()
 
 
 def _read(tap: Tap, x: Tensor) -> Moments:

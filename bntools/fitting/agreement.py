@@ -24,6 +24,8 @@ class Agreements:
         self._rows = 0
         self._samples = 0
         self._comparable = True
+        self.is_finite = True
+        """Whether the new network is finite wherever the original is."""
 
     def add(self, new: Any, old: Any, samples: int) -> None:
         """Take in what both networks gave for one batch."""
@@ -35,6 +37,7 @@ class Agreements:
                 self._comparable = False
                 continue
             a, b = _exact(found), _exact(truth)
+            self.is_finite &= not bool((b.isfinite() & ~a.isfinite()).any())
             self._distance += float((a - b).square().sum())
             self._size += float(b.square().sum())
         if len(mine) == len(theirs) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from bntools.fitting.regression import JointMoments, Line, Rows, pieces, rows_of
 from bntools.fitting.search import Sample, best_v, sampled
 from bntools.modules import duplicate
 from bntools.moments import Moments, moments_of
-from bntools.norms import ChannelLayerNorm, EvoNormB0, EvoNormS0
+from bntools.norms import ChannelLayerNorm, EvoNormS0
 from bntools.norms.evonorm import EvoNorm
 
 __all__ = ["Fitter", "NotAffineError", "Solution", "fitter_for"]
@@ -48,7 +48,9 @@ class Solution:
             for name, values in self.tensors.items():
                 getattr(layer, name).copy_(values.reshape(getattr(layer, name).shape))
         if self.groups is not None:
-            setattr(layer, "num_groups" if isinstance(layer, nn.GroupNorm) else "groups", self.groups)
+            setattr(
+                layer, "num_groups" if isinstance(layer, nn.GroupNorm) else "groups", self.groups
+            )
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether all values are finite in the layer's dtypes."""
@@ -69,6 +71,8 @@ class Fitter:
     """
 
     looks = False
+    least = 1e-4
+    """The deviation, relative to its size, under which a normalised input counts as constant."""
 
     def __init__(self, layer: nn.Module, groups: tuple[int, ...]) -> None:
         self.layer = layer
@@ -93,7 +97,8 @@ class Fitter:
 
     def add(self, x: Tensor, target: Tensor) -> bool:
         """Collect the moments of a batch of pairs; False where one is not finite."""
-        for some_x, some_target in pieces(self._prepared(x), target):
+        base = self._prepared(x)
+        for some_x, some_target in pieces(base, target):
             found = self._moments(some_x, some_target)
             self.moments = found if self.moments is None else self.moments.merge(found)
         return self.moments is None or self.moments.is_finite
@@ -103,11 +108,13 @@ class Fitter:
         if self.moments is None:
             raise FitError("Cannot fit a layer that has seen nothing.")
         weight, bias = _affine(self.layer)
-        options = {"weight": weight is not None, "bias": bias is not None}
         found = [self.moments]
         if self.moments.base.dim() > 1:
             found = [self.moments.chosen(k) for k in range(len(self.candidates))]
-        lines = [solve(moments, **options) for moments in found]
+        lines = [
+            solve(m, weight=weight is not None, bias=bias is not None, least=self.least)
+            for m in found
+        ]
         best = min(range(len(lines)), key=lambda k: float(lines[k].error.sum()))
         return self._solution(lines[best], found[best], best)
 
@@ -205,6 +212,12 @@ class _Plain(Fitter):
             raise NotAffineError("its output is not a per-channel `weight * ... + bias`")
 
 
+class _Affine(_Plain):
+    """EvoNorms without nonlinearity, which normalise nothing: their inputs have any mean."""
+
+    least = 1e-6
+
+
 class _Searched(_Plain):
     """EvoNorms: v is searched on a sample, and the affine is solved for on everything."""
 
@@ -262,7 +275,8 @@ class _EvoS0(_Searched):
 
     def _fix(self, base: nn.Module) -> None:
         super()._fix(base)
-        base.groups = self.candidates[0]
+        if isinstance(base, EvoNormS0):
+            base.groups = self.candidates[0]
 
 
 class _EvoB0(_Searched):
@@ -311,8 +325,9 @@ def fitter_for(layer: nn.Module, groups: tuple[int, ...], name: str) -> Fitter:
 
 
 def _family(layer: nn.Module) -> Callable[[nn.Module, tuple[int, ...]], Fitter]:
-    if isinstance(layer, (EvoNormS0, EvoNormB0)) and layer.v is not None:
-        return _EvoS0 if isinstance(layer, EvoNormS0) else _EvoB0
+    if isinstance(layer, EvoNorm):
+        active = _EvoS0 if isinstance(layer, EvoNormS0) else _EvoB0
+        return active if layer.nonlinearity else _Affine
     if type(layer) is nn.GroupNorm:
         return _Grouped
     if isinstance(layer, _INSTANCE_NORMS) and not layer.track_running_stats:

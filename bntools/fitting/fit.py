@@ -160,10 +160,12 @@ class _Fit:
         while layers := [pair.layer for pair in pairs if pair.layer is not None]:
             layer = min(layers, key=self.order.__getitem__)
             self._serve(layer, [pair for pair in pairs if pair.layer == layer])
-        missing = [layer for layer in self.layers if layer not in self.calls]
-        if missing:
+        for layer in (layer for layer in self.layers if layer not in self.calls):
+            self.warnings[layer] = f"{layer} is not fitted: it does not run on these batches"
+        if not self.calls:
             raise FitError(
-                f"Cannot fit {missing[0]}: it does not run on these batches. Skip it with --skip."
+                f"Cannot fit {self.sites[0].layer}: no new layer runs on these batches. Give"
+                " others."
             )
         self._finish(first)
         self.passes += 2
@@ -237,7 +239,9 @@ class _Fit:
         solution.apply(module)
 
     def _refuse_values(self, layer: str, pair: Pair, target: Tensor) -> None:
-        whose = "the new layer's input" if bool(target.isfinite().all()) else "the old norm's output"
+        whose = (
+            "the new layer's input" if bool(target.isfinite().all()) else "the old norm's output"
+        )
         raise FitError(
             f"Cannot fit {layer}: batch {pair.number} has a NaN or an infinity in {whose}. Remove"
             " the samples that cause it, or convert the model to float32."
@@ -251,6 +255,11 @@ class _Fit:
             if pair is self.stage.pairs[0]:
                 for model, value in ((self.stage.replaced, new), (self.stage.original, old)):
                     self._check_alone(model, value, first)
+            if not self.agreements.is_finite:
+                raise FitError(
+                    f"Cannot fit: with the new layers the outputs of batch {pair.number} are not"
+                    " finite. Fit to more samples, or skip layers with --skip."
+                )
             del new, old
             self.stage.dismiss(pair)
         self.stage.close()
@@ -264,8 +273,8 @@ class _Fit:
         if apart.result().relative_l2 > _APART:
             raise FitError(
                 "Cannot fit: the model gives something else where several batches are in it at a"
-                " time. It keeps what one layer computes for another (self.x = ...), or draws random"
-                " numbers. Give the data as a single batch."
+                " time. It keeps what one layer computes for another (self.x = ...), or draws"
+                " random numbers. Give the data as a single batch."
             )
 
     def _tell(self, layer: str) -> None:

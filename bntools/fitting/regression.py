@@ -16,8 +16,7 @@ __all__ = ["JointMoments", "Line", "Rows", "pieces", "rows_of", "solve"]
 
 _PIECE = 1 << 19
 """Elements that are widened to float64 at a time."""
-_ROUNDING = 1e-6
-"""A base whose deviation is less than this part of its size is constant but for rounding."""
+_ROUNDING = 1e-15
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +86,17 @@ class Line:
     degenerate: Tensor
 
 
-def solve(moments: JointMoments, *, weight: bool = True, bias: bool = True) -> Line:
+def solve(
+    moments: JointMoments,
+    *,
+    weight: bool = True,
+    bias: bool = True,
+    least: float = _ROUNDING,
+) -> Line:
     """The least-squares line of each channel; without `weight` it is one, without `bias` zero.
+
+    A base whose deviation is less than `least` of its size counts as constant: the weight for it
+    would blow up what little varies.
 
     Example:
         >>> base = torch.tensor([[0.0], [1.0], [2.0]])
@@ -102,7 +110,7 @@ def solve(moments: JointMoments, *, weight: bool = True, bias: bool = True) -> L
     if not bias:  # around zero in place of the means
         spread = spread + count * moments.base.square()
         both = both + count * moments.base * moments.target
-    flat = (spread / count).sqrt() <= _ROUNDING * size
+    flat = (spread / count).sqrt() <= least * size
     slope = torch.where(flat, 0.0, both / torch.where(flat, 1.0, spread))
     if not weight:
         slope = torch.ones_like(slope)
@@ -183,7 +191,9 @@ def rows_of(base: Tensor, target: Tensor) -> Rows:
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one batch in pieces of some samples each."""
     each = max(1, tensors[0][:1].numel())
-    yield from zip(*(t.split(max(1, _PIECE // each)) for t in tensors), strict=True)
+    rows = max(1, _PIECE // each)
+    for start in range(0, tensors[0].shape[0], rows):
+        yield tuple(t[start : start + rows] for t in tensors)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -183,7 +183,9 @@ def still(
     parameters, buffers and attributes is undone, whatever happens.
     """
     models = (original, replaced)
-    guard = Guard(t for m in models for t in (*(x for *_, x in named_tensors(m)), *loose_tensors(m)))
+    guard = Guard(
+        t for m in models for t in (*(x for *_, x in named_tensors(m)), *loose_tensors(m))
+    )
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for model in models:

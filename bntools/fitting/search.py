@@ -1,4 +1,4 @@
-"""The v of EvoNorm, which no closed form gives: a grid per channel, the affine solved for each v."""
+"""The v of EvoNorm, which no closed form gives: a grid, with the affine solved for each v."""
 
 from __future__ import annotations
 
@@ -12,9 +12,30 @@ __all__ = ["Sample", "best_v", "sampled"]
 
 SAMPLE = 2048
 """Values per channel that v is chosen on."""
-_COARSE = (-32.0, -16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+_COARSE = (
+    -32.0,
+    -16.0,
+    -8.0,
+    -4.0,
+    -2.0,
+    -1.0,
+    -0.5,
+    -0.25,
+    0.0,
+    0.25,
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+)
 _FINE = 7
 _REFINEMENTS = 2
+_LEAST = 1e-4
+"""A v that shrinks the squared output to less than so much of that of v = 0 is out of the question:
+a gate that is shut for all values fits with a weight that no dtype holds."""
 _CHANNELS = 128
 """Channels that are searched at a time."""
 
@@ -90,8 +111,9 @@ def _searched(
     x: Tensor, target: Tensor, shape: Shape, part: slice, unit: Tensor
 ) -> tuple[Tensor, Tensor]:
     centred = target - target.mean(1, keepdim=True)
+    least = _LEAST * shape(x, torch.zeros_like(unit).unsqueeze(1), part).square().sum(1)
     grid = torch.tensor(_COARSE, dtype=x.dtype, device=x.device).expand(x.shape[0], -1)
-    best, error = _best_of(grid, x, centred, shape, part, unit)
+    best, error = _best_of(grid, (x, centred, least), shape, part, unit)
     for _ in range(_REFINEMENTS):
         place = torch.searchsorted(grid.contiguous(), best.unsqueeze(1))
         low = grid.gather(1, (place - 1).clamp(min=0))
@@ -99,25 +121,27 @@ def _searched(
         steps = torch.linspace(0, 1, 2 * _FINE + 1, dtype=x.dtype, device=x.device)
         finer = low + (high - low) * steps
         grid = torch.cat([finer, best.unsqueeze(1)], 1).sort(1).values
-        best, error = _best_of(grid, x, centred, shape, part, unit)
+        best, error = _best_of(grid, (x, centred, least), shape, part, unit)
     return best * unit, error
 
 
 def _best_of(
-    grid: Tensor, x: Tensor, target: Tensor, shape: Shape, part: slice, unit: Tensor
+    grid: Tensor, data: tuple[Tensor, Tensor, Tensor], shape: Shape, part: slice, unit: Tensor
 ) -> tuple[Tensor, Tensor]:
+    x, target, least = data
     errors = torch.stack(
-        [_error(shape(x, (v * unit).unsqueeze(1), part), target) for v in grid.unbind(1)], 1
+        [_error(shape(x, (v * unit).unsqueeze(1), part), target, least) for v in grid.unbind(1)], 1
     )
     error, index = errors.min(1)
     return grid.gather(1, index.unsqueeze(1)).squeeze(1), error
 
 
-def _error(base: Tensor, target: Tensor) -> Tensor:
+def _error(base: Tensor, target: Tensor, least: Tensor) -> Tensor:
     """What the best line leaves of a centred target."""
     base = base - base.mean(1, keepdim=True)
     spread, both = base.square().sum(1), (base * target).sum(1)
-    gain = torch.where(spread > 0, both.square() / torch.where(spread > 0, spread, 1.0), 0.0)
+    usable = spread > least
+    gain = torch.where(usable, both.square() / torch.where(usable, spread, 1.0), 0.0)
     return (target.square().sum(1) - gain).clamp(min=0)
 
 

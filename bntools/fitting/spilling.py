@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -123,9 +124,10 @@ class Spill:
         with held.file.open("rb") as file, _disable_current_modes():
             for storage, size in held.saved:
                 storage.resize_(size)
-                content = torch.empty(size, dtype=torch.uint8, device="cpu")
-                file.readinto(memoryview(content.numpy()))
-                _bytes(storage).copy_(content)
+                staged = storage if storage.device.type == "cpu" else _empty(size)
+                file.readinto(_memory(staged))
+                if staged is not storage:
+                    storage.copy_(staged, False)
                 self._away.pop(_name(storage), None)
         held.away = False
         self._sizes[held] += sum(size for _, size in held.saved)
@@ -140,7 +142,9 @@ class Spill:
 
     def _put_away(self, held: Held, storages: dict[int, torch.UntypedStorage]) -> None:
         if not held.saved:
-            held.saved = [(s, s.nbytes()) for s in storages.values() if s.nbytes() and s.resizable()]
+            held.saved = [
+                (s, s.nbytes()) for s in storages.values() if s.nbytes() and s.resizable()
+            ]
             self._write(held)
         for storage, size in held.saved:
             self._away[_name(storage)] = held
@@ -154,7 +158,7 @@ class Spill:
         try:
             with held.file.open("wb") as file, _disable_current_modes():
                 for storage, size in held.saved:
-                    file.write(memoryview(_bytes(storage).cpu().numpy()))
+                    file.write(_memory(_on_cpu(storage)))
                     self.written += size
         except OSError as error:
             held.saved = []
@@ -184,8 +188,19 @@ class Spill:
                 self.fetch(owner)
 
 
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _on_cpu(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    if storage.device.type == "cpu":
+        return storage
+    return _empty(storage.nbytes()).copy_(storage, False)
+
+
+def _empty(size: int) -> torch.UntypedStorage:
+    return torch.empty(size, dtype=torch.uint8, device="cpu").untyped_storage()
+
+
+def _memory(storage: torch.UntypedStorage) -> ctypes.Array[ctypes.c_char]:
+    """The bytes of a storage; `numpy()` would do, but then torch never resizes it again."""
+    return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def _name(storage: torch.UntypedStorage) -> int:

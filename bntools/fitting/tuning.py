@@ -14,6 +14,10 @@ from bntools.errors import FitError
 
 __all__ = ["Schedule", "Tuned", "given_parameters", "tuned"]
 
+_LIKE = {"bias": "weight"}
+_LEAST = 0.05
+"""Of the median size, what a value near zero moves in units of."""
+
 Named = Mapping[tuple[nn.Module, str], Tensor]
 """Parameters by their owner and name."""
 Loss = Callable[[int], Tensor]
@@ -43,18 +47,19 @@ class Tuned:
 def tuned(
     parameters: Named, loss: Loss, training: Sequence[int], judging: Sequence[int], how: Schedule
 ) -> Tuned:
-    """Minimise a loss over batches by Adam with a cosine schedule, and keep the best.
+    """Minimise a loss over batches by Adam, with a warm-up and a cosine, and keep the best.
 
-    Every parameter vector moves in units of its root mean square, so that one rate suits all.
-    Batches come in an order drawn by the seed; `judging` are those on which the best is found.
+    Every value moves in units of its own size, a bias in those of its weight, so that one rate
+    suits all: v is in the thousands where an input is small. Batches come in an order drawn by the
+    seed; `judging` are those on which the best is found.
     """
     start = {key: value.detach().clone() for key, value in parameters.items()}
-    units = {key: _unit(value) for key, value in start.items()}
+    units = {
+        (m, name): _unit(start.get((m, _LIKE.get(name, name)), v)) for (m, name), v in start.items()
+    }
     moves = {key: torch.zeros_like(value, requires_grad=True) for key, value in start.items()}
     optimiser = torch.optim.Adam(list(moves.values()), lr=how.rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / how.steps))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _pace(step / how.steps))
 
     def current() -> dict[tuple[nn.Module, str], Tensor]:
         return {key: start[key] + units[key] * moves[key] for key in start}
@@ -100,9 +105,15 @@ def _mean_loss(values: Named, loss: Loss, batches: Sequence[int]) -> float:
     return mean
 
 
+def _pace(done: float) -> float:
+    """Up to the full step size in the first tenth, and down to zero along a cosine."""
+    return min(1.0, 0.1 + 9 * done) * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def _unit(values: Tensor) -> Tensor:
-    size = values.square().mean().sqrt()
-    return size if float(size) > 0 else torch.ones_like(size)
+    size = values.abs()
+    least = _LEAST * size.median()
+    return torch.where(size + least > 0, size + least, 1.0)
 
 
 def _endless(batches: Sequence[int], seed: int) -> Iterator[int]:

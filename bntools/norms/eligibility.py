@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def freezing(module: nn.Module, *, affine: bool, form: str) -> Refusal | str:
         return Reason.NO_STATISTICS, _without_statistics(module)
     if "parametrizations" in module._modules:
         return Reason.COMPUTED_AFFINE, "its tensors are parametrized; remove that first"
+    if "forward" in module.__dict__:
+        return Reason.MORE_THAN_NORM, "its forward was set on the layer itself; remove that first"
     if form != FORMS[0]:
         return _freezing_as_torchvision(module)
     if isinstance(module, Frozen):
@@ -173,19 +176,29 @@ def _without_statistics(module: nn.Module) -> str:
 
 
 def _moves_anyway(module: nn.Module) -> str:
-    """What a frozen copy does that it should not; "" where it behaves, or runs on no input."""
+    """What a frozen copy does that it should not; "" where it behaves, or runs on no input.
+
+    Raises TypeError where the layer cannot be given another class.
+    """
+    trial = _copied(module)
+    if trial is None:
+        return ""
+    freeze_module(trial)
     statistics: Any = module.running_var
     random = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for rank in DIMS:
             x = torch.randn([4, statistics.numel()] + [3] * (rank - 2), generator=random)
-            try:
-                trial = freeze_module(copy.deepcopy(module))
-                told = _moved(trial, x.to(statistics.device, statistics.dtype))
-            except Exception:  # noqa: BLE001, S112 - a layer of another rank, or any code
-                continue
-            return told
+            with suppress(Exception):  # a layer of another rank, or code that raises anything
+                return _moved(trial, x.to(statistics.device, statistics.dtype))
     return ""
+
+
+def _copied(module: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(module)
+    except Exception:  # noqa: BLE001 - a layer may fail to be copied in any way
+        return None
 
 
 def _moved(trial: Any, x: Tensor) -> str:

@@ -115,7 +115,7 @@ class EvoNormS0(EvoNorm):
         check_rank(x.dim(), self._ranks[0], self._ranks[1])
         if self.v is None:
             return channel_affine(x, self.weight, self.bias)
-        return evo_norm_s0(x, self.v, self.weight, self.bias, self.groups, self.eps)
+        return evo_norm_s0(x, self.v, self.weight, self.bias, groups=self.groups, eps=self.eps)
 
     def _own_repr(self) -> str:
         return f", groups={self.groups}"

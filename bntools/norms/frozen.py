@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bntools.norms import evonorm
-from bntools.norms.functional import check_rank, evo_norm_b0
+from bntools.norms.functional import channel_affine, check_rank, evo_norm_b0
 
 __all__ = [
     "Frozen",
@@ -36,7 +36,7 @@ __all__ = [
     "unfreeze_module",
 ]
 
-for _name in ("check_rank", "evo_norm_b0"):
+for _name in ("channel_affine", "check_rank", "evo_norm_b0"):
     torch.fx.wrap(_name)  # symbolic traces call them whole
 
 _AFFINE = ("weight", "bias", "v")
@@ -131,6 +131,8 @@ class _EvalEvoNormB0(Frozen):
     def forward(self: Any, x: Tensor) -> Tensor:
         """Normalise and activate x of shape (N, C, ...)."""
         check_rank(x.dim(), self._ranks[0], self._ranks[1])
+        if self.v is None:
+            return channel_affine(x, self.weight, self.bias)
         return evo_norm_b0(x, self.v, self.weight, self.bias, self.running_var, eps=self.eps)[0]
 
 
@@ -213,8 +215,9 @@ def _new_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def thawed_class(cls: type) -> type | None:
     """The class that a frozen class was made from; None for other classes."""
-    own = issubclass(cls, Frozen) and len(cls.__bases__) == 2
-    return cls.__bases__[-1] if own and not issubclass(cls.__bases__[-1], Frozen) else None
+    bases = cls.__bases__
+    own = len(bases) == 2 and bases[0] in (_EvalBatchNorm, _EvalEvoNormB0, FrozenNorm)
+    return bases[-1] if own and issubclass(bases[-1], nn.Module) else None
 
 
 def rebuild(cls: type[nn.Module]) -> nn.Module:
@@ -237,7 +240,7 @@ def freeze_module(module: nn.Module, *, affine: bool = False) -> nn.Module:
     if not isinstance(module, Frozen):
         mode = bool(module.training)
         object.__setattr__(module, "__class__", frozen_class(type(module)))
-        module.training = mode
+        module.__dict__.update(training=False, _mode_asked=mode)
     if affine and "_grad_before" not in module.__dict__:
         own = {name: module._parameters.get(name) for name in _AFFINE}
         flags = {name: p.requires_grad for name, p in own.items() if p is not None}

@@ -17,8 +17,9 @@ class LayerError:
 
     `call` counts the calls of a module from 1, of `calls`; `output` its tensors from 0. The numbers
     are those of the slice that comes nearest to its limit: `where` is "" for the whole tensor, or
-    such as "channel 3", and they are relative to the average slice of the truth. A layer whose
-    norm is folded into it is compared with that norm's output: `carries` is the norm's path.
+    such as "channel 3", and they are relative to the average slice of the truth. Of a norm that is
+    folded into one layer, `host` is the path of that layer; where only that layer has a name, it is
+    compared with the norm's output, and `carries` is the norm's path.
     """
 
     path: str
@@ -32,6 +33,7 @@ class LayerError:
     calls: int = 1
     output: int = 0
     carries: str = ""
+    host: str = ""
     note: str = ""
 
     @property
@@ -41,6 +43,13 @@ class LayerError:
         if self.calls > 1:
             name += f" (call {self.call})"
         return f"{name}[{self.output}]" if self.output else name
+
+    @property
+    def title(self) -> str:
+        """The name, and with which other layer it has become one."""
+        if self.carries:
+            return f"{self.name} with {self.carries}"
+        return f"{self.name} in {self.host}" if self.host else self.name
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,9 @@ class DepthReport:
         first = self.first_different
         if first is None:
             nearest = max(self.layers, key=lambda x: x.error / x.limit if x.limit else 0.0)
-            return f"all {len(self.layers)} layers agree; nearest to its limit: {_told(nearest)}"
+            count = len(self.layers)
+            agree = f"all {count} layers agree" if count > 1 else "the one layer agrees"
+            return f"{agree}; nearest to its limit: {_told(nearest)}"
         last = self.last_agreeing
         agreed = f"{last.name} is the last that agrees" if last else "none before it agrees"
         return f"the first layer that differs: {_told(first)}; {agreed}"
@@ -115,6 +126,6 @@ class DepthReport:
 
 def _told(layer: LayerError) -> str:
     if layer.note:
-        return tables.plain(f"{layer.name}: {layer.note}")
+        return tables.plain(f"{layer.title}: {layer.note}")
     where = f" at {layer.where}" if layer.where else ""
-    return tables.plain(f"{layer.name}, error {layer.error:.2g}{where} (limit {layer.limit:.2g})")
+    return tables.plain(f"{layer.title}, error {layer.error:.2g}{where} (limit {layer.limit:.2g})")

@@ -8,7 +8,14 @@ from typing import Any
 from bntools import tables
 from bntools.report.schema import SCHEMA_VERSION, as_json
 
-__all__ = ["Agreement", "BlockDistillation", "DistillReport", "FitProgress", "FitReport", "LayerFit"]
+__all__ = [
+    "Agreement",
+    "BlockDistillation",
+    "DistillReport",
+    "FitProgress",
+    "FitReport",
+    "LayerFit",
+]
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,9 @@ class LayerFit:
     `error` is the root of the summed squared error over that of the target around its channel
     means: 0 is the same, 1 is no better than a constant per channel. `carried_error` is that of the
     affine that was carried over from the old norm, on the same inputs (None where v, or the number
-    of groups, was another one). `groups` is the number that the layer has, `tried` those that it was
-    chosen from; `elements` the values per channel, `degenerate` the channels that were constant.
+    of groups, was another one). `groups` is the number that the layer has, `tried` those that it
+    was chosen from; `elements` the values per channel, `degenerate` the channels that were
+    constant.
     """
 
     path: str

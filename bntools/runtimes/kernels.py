@@ -29,7 +29,10 @@ class Conv(OpRun):
     ) -> tuple[Any]:  # fmt: skip
         del kernel_shape
         image, weight, bias = _tensor(x), _tensor(w), None if b is None else _tensor(b)
-        window = _Window(image, weight.shape[2:], strides, dilations, (pads, auto_pad))
+        window = _Window(
+            image, weight.shape[2:], strides=strides, dilations=dilations, pads=pads,
+            automatic=auto_pad,
+        )  # fmt: skip
         conv = _CONVS[window.rank]
         out = conv(
             window.padded(0.0), weight, bias, window.strides, 0, window.dilations, group or 1
@@ -72,7 +75,10 @@ class MaxPool(OpRun):
         if len(self.onnx_node.output) > 1:
             raise NotImplementedError("a pool that gives indices")
         image = _tensor(x)
-        window = _Window(image, kernel_shape, strides, dilations, (pads, auto_pad), bool(ceil_mode))
+        window = _Window(
+            image, kernel_shape, strides=strides, dilations=dilations, pads=pads,
+            automatic=auto_pad, ceil=bool(ceil_mode),
+        )  # fmt: skip
         pool = _MAX_POOLS[window.rank]
         out = pool(window.padded(_PADDED), kernel_shape, window.strides, 0, window.dilations)
         return (out.numpy(),)
@@ -87,9 +93,15 @@ class AveragePool(OpRun):
         strides: Any = None,
     ) -> tuple[Any]:  # fmt: skip
         image = _tensor(x)
-        window = _Window(image, kernel_shape, strides, dilations, (pads, auto_pad), bool(ceil_mode))
+        window = _Window(
+            image, kernel_shape, strides=strides, dilations=dilations, pads=pads,
+            automatic=auto_pad, ceil=bool(ceil_mode),
+        )  # fmt: skip
         ones = torch.ones_like(image[:1, :1])
-        counted = _Window(ones, kernel_shape, strides, dilations, (pads, auto_pad), bool(ceil_mode))
+        counted = _Window(
+            ones, kernel_shape, strides=strides, dilations=dilations, pads=pads,
+            automatic=auto_pad, ceil=bool(ceil_mode),
+        )  # fmt: skip
         sums = window.summed(window.padded(0.0))
         counts = counted.summed(counted.padded(0.0, asked=1.0 if count_include_pad else 0.0))
         return ((sums / counts).numpy(),)
@@ -135,14 +147,13 @@ class _Window:
     """A window that moves over an image: its padding, made explicit."""
 
     def __init__(
-        self, image: Tensor, kernel: Sequence[int], strides: Any, dilations: Any,
-        padding: tuple[Any, Any], ceil: bool = False,  # noqa: FBT001, FBT002
+        self, image: Tensor, kernel: Sequence[int], *, strides: Any, dilations: Any, pads: Any,
+        automatic: Any, ceil: bool = False,
     ) -> None:  # fmt: skip
         self.image, self.kernel = image, list(kernel)
         self.rank = len(self.kernel)
         self.strides, self.dilations = _each(strides, self.rank), _each(dilations, self.rank)
         self.spans = [d * (k - 1) + 1 for d, k in zip(self.dilations, self.kernel, strict=True)]
-        pads, automatic = padding
         self.before, self.after = _pads(pads, self.rank)
         if _is_automatic(automatic):
             self.before, self.after = self._automatic(str(automatic))
@@ -222,7 +233,7 @@ def _is_automatic(mode: Any) -> bool:
 
 
 def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _each(values: Any, rank: int, usual: int = 1) -> list[int]:

@@ -23,7 +23,6 @@ _TYPED = {
     "output_datatype", "HammingWindow": "output_datatype", "BlackmanWindow": "output_datatype",
     "SequenceEmpty": "dtype", "DequantizeLinear": "output_dtype",
 }  # fmt: skip
-_MOST_BYTES = 4 * 2**30
 
 
 def read_model(source: Path | bytes, beside: Path | None = None) -> ModelProto:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from bntools.calibration.estimation import Estimate, Estimation, Method, Passes
 from bntools.calibration.feeding import Feeder
-from bntools.calibration.scoring import still
+from bntools.calibration.scoring import undisturbed
 from bntools.calibration.taps import Tap, Taps
-from bntools.dataflow.guard import unwritten
 from bntools.distributed import Exchange
 from bntools.errors import CalibrationError, PlanError
-from bntools.modules import duplicate, get_module, is_unmade, named_modules, preserved
+from bntools.modules import duplicate, get_module, is_unmade, named_modules
 from bntools.moments import Statistics
 from bntools.selection import Patterns, select
 from bntools.statistics import TrackedNorm, add_statistics, tracked_norms
@@ -128,18 +127,16 @@ def estimate(
 
     With `running`, the layers normalise with their own statistics in the first pass too.
     """
-    with preserved(model), _contents_kept(model, inplace=feeder.options.inplace), torch.no_grad():
-        still(model)
-        with _eager(model):
-            taps = Taps(model, norms, exchange)
-            taps.kernels = method != "pooled"
-            taps.from_batch = not running
-            taps.needs_deviation = method != "pooled"
-            if exchange is not None:
-                exchange.name_layers([tap.path for tap in taps.taps])
-            taps.install()
-            estimation = Estimation(feeder, taps, method, momentum, prior, exchange)
-            found = estimation.run(passes)
+    with undisturbed(model, inplace=feeder.options.inplace), _eager(model), feeder.layout_kept():
+        taps = Taps(model, norms, exchange)
+        taps.kernels = method != "pooled"
+        taps.from_batch = not running
+        taps.needs_deviation = method != "pooled"
+        if exchange is not None:
+            exchange.name_layers([tap.path for tap in taps.taps])
+        taps.install()
+        estimation = Estimation(feeder, taps, method, momentum, prior, exchange)
+        found = estimation.run(passes)
     return Estimated(tuple(taps.taps), found)
 
 
@@ -190,28 +187,6 @@ def runner(model: nn.Module, device: torch.device | str | None) -> nn.Module:
 
 def _full(device: torch.device | str) -> torch.device:
     return torch.empty(0, device=device).device
-
-
-@contextmanager
-def _contents_kept(model: nn.Module, *, inplace: bool) -> Iterator[None]:
-    """What the forwards write to buffers is undone; in place every write is watched for."""
-    if inplace:
-        with unwritten(model):
-            yield
-        return
-    buffers = [
-        (buffer, buffer._version, buffer.detach().clone())
-        for _, module in named_modules(model)
-        for buffer in module._buffers.values()
-        if buffer is not None and not buffer.is_inference()
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, content in buffers:
-                if buffer._version != version:
-                    buffer.copy_(content)
 
 
 @contextmanager

@@ -53,9 +53,8 @@ def depth(rows: Sequence[LayerError]) -> str:
 
 def _layer_cells(row: LayerError) -> list[str]:
     numbers = (f"{x:.2g}" for x in (row.error, row.reference_error, row.limit))
-    name = f"{plain(row.name)} with {plain(row.carries)}" if row.carries else plain(row.name)
     verdict = "same" if row.agrees else f"DIFFERS {plain(row.note)}".rstrip()
-    return [name, row.where or "all", *numbers, verdict]
+    return [plain(row.title), row.where or "all", *numbers, verdict]
 
 
 def not_compared(rows: Sequence[NotCompared]) -> str:
