@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bntools.dataflow.graph import Frame, Graph, Node
+from bntools.dataflow.layers import has_hooks
 from bntools.dataflow.operations import ACTIVATION_OPS
 from bntools.dataflow.reach import Refused, describe
 from bntools.modules import get_module
@@ -99,6 +100,8 @@ class Followers:
         after = norm[depth].removeprefix(f"{block}.") if block else norm[depth]
         if len(activation) > depth:
             leaf = activation[-1]
+            if has_hooks(get_module(self.model, leaf)):
+                raise _stays(f"{leaf} has hooks, which would be lost with it")
             if _is_only(self.graph, leaf, calls) and _can_go(get_module(self.model, leaf)):
                 return leaf, None
             if len(activation) > depth + 1:
@@ -223,7 +226,7 @@ def _is_only(graph: Graph, leaf: str, calls: Sequence[Node]) -> bool:
 
 
 def _can_go(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or module._forward_hooks:
+    if isinstance(module, torch.jit.ScriptModule):
         return False
     if is_taken(module):
         return True

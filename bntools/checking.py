@@ -17,12 +17,14 @@ from bntools.equivalence import run
 from bntools.examples import Examples
 from bntools.modules import get_module, named_modules, preserved
 from bntools.observing import Observation
+from bntools.outputs import Outputs, flatten
 from bntools.report import Reason
 from bntools.rewriting import Rewritten
 
-__all__ = ["Refusals", "still_running", "used_in_training", "wrongly_traced"]
+__all__ = ["Refusals", "does_the_same", "still_running", "used_in_training", "wrongly_traced"]
 
 Refusals = dict[str, Refused]
+_ROUNDING = 1e-4  # the same operations in the same order: only a GPU may round otherwise
 Taken = Mapping[str, Following]
 
 
@@ -84,7 +86,8 @@ def used_in_training(seen: Observation, taken: Taken) -> Refusals:
     try:
         with preserved(seen.model), unwritten(seen.model), torch.no_grad():
             for _, module in named_modules(seen.model):
-                module.training = True
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module.training = True
             seen.model(*fed.args, **fed.kwargs)
     except Exception:  # noqa: BLE001 - a model may raise anything in training mode
         return {}
@@ -96,6 +99,61 @@ def used_in_training(seen: Observation, taken: Taken) -> Refusals:
         for norm, found in taken.items()
         if found.path in parts and counts[found.path] > len(found.stacks)
     }
+
+
+def does_the_same(seen: Observation, standing_in: nn.Module) -> bool:
+    """Whether a copy gives what the model gives, in eval mode and in training mode.
+
+    In the copy the norms do the work of the activations that were removed. A model that does not
+    run in training mode on these inputs, or gives other numbers each time, says nothing there.
+    """
+    return all(
+        _alike(seen.model, standing_in, examples, training=training)
+        for training, examples in (
+            (False, seen.examples),
+            (False, seen.second),
+            (True, seen.second),
+        )
+    )
+
+
+def _alike(model: nn.Module, copied: nn.Module, examples: Examples, *, training: bool) -> bool:
+    try:
+        mine = _given(model, examples, training=training)
+    except Exception:  # noqa: BLE001 - a model may raise anything in training mode
+        return True
+    try:
+        theirs = _given(copied, examples, training=training)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    if _close(mine, theirs):
+        return True
+    return not _close(mine, _given(model, examples, training=training))
+
+
+def _given(model: nn.Module, examples: Examples, *, training: bool) -> Outputs:
+    """The outputs of one forward in a mode; every trace of it is undone."""
+    if not training:
+        return run(model, examples)[0]
+    fed = examples.copied()
+    with preserved(model), unwritten(model), torch.no_grad():
+        torch.manual_seed(0)
+        for _, module in named_modules(model):
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.training = True
+        return flatten(model(*fed.args, **fed.kwargs))
+
+
+def _close(a: Outputs, b: Outputs) -> bool:
+    if a.keys() != b.keys():
+        return False
+    return all(
+        x.shape == b[name].shape
+        and torch.allclose(
+            x.cpu().double(), b[name].cpu().double(), rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True
+        )
+        for name, x in a.items()
+    )
 
 
 def still_running(before: Graph, after: Graph, taken: Taken, norms: Set[str]) -> Refusals:

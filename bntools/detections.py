@@ -166,7 +166,7 @@ def _odd(
     if not every.numel():
         return 0
     at_threshold = every.min() + band * every.abs().max()
-    alone = [torch.ones(len(side), dtype=torch.bool) for side in sides]
+    alone = [torch.ones(len(side), dtype=torch.bool, device="cpu") for side in sides]
     alone[0][list(pairs)] = False
     alone[1][list(pairs.values())] = False
     odd = torch.cat([side[mask] for side, mask in zip(sides, alone, strict=True)])

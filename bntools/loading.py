@@ -353,6 +353,7 @@ def _is_text(probe: Probe) -> bool:
 
 
 _NOT_YET = "bntools does not read that yet. Save the model itself: torch.save(model, path)"
+_ONNX = "only `bntools verify` takes that. Save the PyTorch model: torch.save(model, path)"
 _AGAIN = "download or copy it again"
 
 # The first entry that matches counts.
@@ -391,7 +392,7 @@ FORMATS: tuple[Format, ...] = (
         advice="fetch it with: git lfs pull",
     ),
     Format("a web page, not a model", _starts(b"<!DOCTYPE", b"<!doctype", b"<html"), advice=_AGAIN),
-    Format("an ONNX model", _is_onnx, advice=_NOT_YET),
+    Format("an ONNX model", _is_onnx, advice=_ONNX),
     Format("a text file", _is_text),
     Format("of no format that bntools knows", lambda _: True),
 )

@@ -215,7 +215,8 @@ def _summed(squares: Sequence[Tensor], axis: int | None) -> _Sums:
     like = squares[0]
     others = [each for each in range(like.dim()) if each != axis]
     size = 1 if axis is None else like.shape[axis]
-    count = torch.full((size,) if axis is not None else (), like.numel() / size, dtype=like.dtype)
+    shape = (size,) if axis is not None else ()
+    count = torch.full(shape, like.numel() / size, dtype=like.dtype, device=like.device)
     powers = [*squares, squares[1].square()]
     return _Sums(count, *(each.sum(others) if others else each for each in powers))
 

@@ -18,10 +18,14 @@ from torchvision.transforms.v2 import functional as F
 from bntools.errors import DataError
 from bntools.imports import one_line, quiet
 
-__all__ = ["Preprocessing"]
+__all__ = ["ChannelsError", "Preprocessing"]
 
 _LUMA = (0.299, 0.587, 0.114)
 _TIMM = "timm:"
+
+
+class ChannelsError(DataError):
+    """As many means or deviations were given as no image of these data has channels."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def _listed(values: tuple[float, ...]) -> str:
 
 def _per_channel(name: str, values: tuple[float, ...], channels: int) -> Tensor:
     if len(values) not in (1, channels):
-        raise DataError(
+        raise ChannelsError(
             f"Cannot normalise: {name} has {len(values)} values, and the images have {channels}"
             f" channel{'s' * (channels > 1)}. Give one value for all, or one for each."
         )

@@ -13,9 +13,9 @@ from bntools.dataflow.guard import rounding, untouched
 from bntools.equivalence import Outputs, Truth, compare, find_truth, in_float64, run
 from bntools.errors import InputError
 from bntools.examples import Examples
+from bntools.measuring import pooled
 from bntools.report import Equivalence, OutputError
 from bntools.surgery.folding import Folded, fold_copy, fold_in_place
-from bntools.measuring import pooled
 from bntools.tolerance import float64_limit, relative_error
 
 __all__ = ["Proof", "Prover"]

@@ -133,7 +133,7 @@ def _applied(
 def _changed(module: nn.Module, edit: Edit) -> nn.Module:
     try:
         return CHANGES[edit.kind](module, edit.options)
-    except TypeError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise SurgeryError(f"Cannot {edit.kind} {edit.path}: {error}.") from error
 
 
@@ -158,6 +158,8 @@ def _empty_bias(module: nn.Module, edit: Edit) -> nn.Parameter:
     weight = module._parameters.get("weight")
     if weight is None or edit.channels is None:
         raise SurgeryError(f"Cannot add a bias to {edit.path}: it has no weight beside it.")
+    if type(edit.channels) is not int or not 0 < edit.channels <= weight.numel():
+        raise SurgeryError(f"Cannot add a bias to {edit.path}: it has no {edit.channels} channels.")
     values = torch.zeros(edit.channels, dtype=weight.dtype, device=weight.device)
     return nn.Parameter(values, requires_grad=weight.requires_grad)
 

@@ -28,6 +28,7 @@ class NormRule:
     affine: AffineOf
     remainder: Remainder | None = None
     channel_dim: int = 1
+    when: Callable[[Any], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ def register_norm(
     affine: AffineOf,
     remainder: Remainder | None = None,
     channel_dim: int = 1,
+    when: Callable[[Any], bool] | None = None,
 ) -> None:
     """Teach bntools a norm layer.
 
     `affine(module)` returns the per-channel map that the module applies in eval mode (scale and
     shift of shape (C,)), or the `Reason` why it cannot be folded; `remainder(module)` returns a
-    module for what it does after that (an activation), or None; `channel_dim` is the axis of C.
+    module for what it does after that (an activation), or None; `channel_dim` is the axis of C;
+    where `when(module)` is False the module is no norm layer to bntools.
     `cls` is a class, or its dotted name where it should not be imported. Subclasses count as long
     as they do not override `forward`.
 
@@ -71,7 +74,7 @@ def register_norm(
         ...     Scale, affine=lambda m: bntools.Affine(m.gain.flatten(), 0 * m.gain.flatten())
         ... )
     """
-    _NORMS[_name(cls)] = NormRule(affine, remainder, channel_dim)
+    _NORMS[_name(cls)] = NormRule(affine, remainder, channel_dim, when)
 
 
 def register_host(
@@ -94,7 +97,8 @@ def register_host(
 
 def norm_rule(module: nn.Module) -> NormRule | None:
     """The rule for a module's class, or for the class whose `forward` it inherits."""
-    return _lookup(_NORMS, module)
+    rule = _lookup(_NORMS, module)
+    return rule if rule is None or rule.when is None or rule.when(module) else None
 
 
 def host_rule(module: nn.Module) -> HostRule | None:
@@ -162,4 +166,10 @@ for _cls in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"):
 for _cls in ("FrozenBatchNormAct2d", "FrozenSyncBatchNormAct"):
     register_norm(
         f"bntools.norms.frozen_timm.{_cls}", affine=_batch_norm_affine, remainder=_drop_and_act
+    )
+for _cls in ("EvoNormS0", "EvoNormB0"):  # the form that ends a residual branch is an affine alone
+    register_norm(
+        f"bntools.norms.evonorm.{_cls}",
+        affine=lambda module: Affine(module.weight, module.bias),
+        when=lambda module: not module.nonlinearity,
     )

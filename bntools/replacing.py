@@ -11,9 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bntools.checking import Refusals, still_running, used_in_training, wrongly_traced
+from bntools.checking import (
+    Refusals,
+    does_the_same,
+    still_running,
+    used_in_training,
+    wrongly_traced,
+)
 from bntools.dataflow.graph import Graph
 from bntools.dataflow.layers import norm_layers
+from bntools.dataflow.reach import Refused
 from bntools.dataflow.recorder import record
 from bntools.distilling import DistillOptions, distill
 from bntools.errors import FitError, SurgeryError, TargetError
@@ -25,7 +32,7 @@ from bntools.naming import ToFactory, target_of
 from bntools.observing import Observation, observe
 from bntools.pipeline import timed, versions
 from bntools.recipe import mark, recipe_of
-from bntools.report import ReplacementReport, Result
+from bntools.report import Reason, ReplacementReport, Result
 from bntools.report.fit import DistillReport, FitProgress, FitReport
 from bntools.selection import Patterns, select
 from bntools.surgery.replacement import (
@@ -34,6 +41,7 @@ from bntools.surgery.replacement import (
     plan_replacement,
     recipe_for,
     replace_in,
+    standing_in,
     traced_copy,
 )
 from bntools.targets import Site, Target
@@ -203,6 +211,8 @@ def _replaced(seen: Observation, choices: Choices) -> tuple[tuple[Planned, ...],
             replaced = traced_copy(seen.model, planned)
             wrong = wrongly_traced(seen, replaced, taken)
         if not wrong:
+            wrong = _elsewhere(seen, planned)
+        if not wrong:
             replaced = replace_in(replaced, recipe_for(planned), factory)
         if not wrong:
             sites = {p.site.path for p in planned if p.site is not None}
@@ -211,6 +221,30 @@ def _replaced(seen: Observation, choices: Choices) -> tuple[tuple[Planned, ...],
         if not wrong:
             return planned, replaced
         refused |= wrong
+
+
+def _elsewhere(seen: Observation, planned: Iterable[Planned]) -> Refusals:
+    """The norms without whose activation the model does something else besides.
+
+    Its code may ask for the layer that goes, or apply another activation in training mode.
+    """
+    why = "without it the model does something else besides (in training mode, perhaps)"
+    return {
+        each.row.path: Refused(
+            Reason.ACTIVATION_STAYS, f"{each.following} cannot be removed: {why}"
+        )
+        for each in _blamed(seen, [each for each in planned if each.following is not None])
+    }
+
+
+def _blamed(seen: Observation, taking: list[Planned]) -> list[Planned]:
+    """Those of some norms whose activations cannot go, by halves."""
+    if not taking or does_the_same(seen, standing_in(seen.model, taking)):
+        return []
+    half = len(taking) // 2
+    if not half:
+        return taking
+    return [*_blamed(seen, taking[:half]), *_blamed(seen, taking[half:])] or taking
 
 
 def _recorded(model: nn.Module, examples: Examples) -> Graph:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
+from torch.fx.node import map_arg
 
 from bntools.errors import SurgeryError
-from bntools.modules import get_module, preserved
+from bntools.modules import get_module, named_modules, preserved
 
 __all__ = [
     "TAKEN_MODULES",
@@ -110,9 +111,7 @@ def why_not_removable(module: nn.Module, child: str) -> str:
             graph.output(graph.graph_copy(module.graph, {}))
             _edit(module, graph, child)
         else:
-            base = _base(module)
-            for case in _cases(base):
-                _traced(module, base, [*module.__dict__.get(_KEY, ()), child], case)
+            _all_cases(module, _base(module), [*module.__dict__.get(_KEY, ()), child])
     except SurgeryError as error:
         return str(error).partition(": ")[2].rstrip(".")
     return ""
@@ -147,7 +146,7 @@ def _slots_after(module: nn.Module, child: str) -> list[str]:
 def _rewrite(module: nn.Module, removed: Sequence[str]) -> None:
     """Give a module the forward of its class without the activations after some children."""
     base = _base(module)
-    forwards = {case: _forward(module, base, removed, case) for case in _cases(base)}
+    forwards = _all_cases(module, base, removed)
     namespace = {
         "forward": _by_case(base, forwards),
         "__module__": base.__module__,
@@ -209,25 +208,35 @@ def _cases(base: type[nn.Module]) -> list[_Case]:
     return [_Case(training, which) for which in absent for training in (False, True)]
 
 
-def _forward(
-    module: nn.Module, base: type[nn.Module], removed: Sequence[str], case: _Case
-) -> _Forward:
-    """The code and the function of a forward in one case, activations removed."""
-    shell, graph = _traced(module, base, removed, case)
-    made = GraphModule(shell, graph, base.__name__)
-    return made.code, type(made).forward
+def _all_cases(
+    module: nn.Module, base: type[nn.Module], removed: Sequence[str]
+) -> dict[_Case, _Forward]:
+    """The forward in every case; raises where not the same activations go in all of them."""
+    forwards: dict[_Case, _Forward] = {}
+    first: list[Any] | None = None
+    for case in _cases(base):
+        shell, graph, gone = _traced(module, base, removed, case)
+        first = gone if first is None else first
+        if gone != first:
+            raise _cannot(module, "which activation follows depends on the mode or the arguments")
+        made = GraphModule(shell, graph, base.__name__)
+        forwards[case] = made.code, type(made).forward
+    return forwards
 
 
 def _traced(
     module: nn.Module, base: type[nn.Module], removed: Sequence[str], case: _Case
-) -> tuple[nn.Module, Graph]:
-    """The graph of a forward in one case, activations removed, and the object that it is of."""
+) -> tuple[nn.Module, Graph, list[Any]]:
+    """The object and graph of a forward in one case, activations removed, and what these were."""
     shell = _shell(module, base, training=case.training)
     optional = zip(_optional(base), case.absent, strict=True)
     fixed = {name: None for (_, name), absent in optional if absent}
     before = dict(shell.__dict__)
     tables = {name: dict(before[name]) for name in _TABLES}
     with preserved(module), torch.no_grad():
+        for _, part in named_modules(module):
+            if not isinstance(part, torch.jit.ScriptModule):
+                part.training = case.training  # a forward may ask its children, too
         try:
             graph = _Leaves().trace(shell, concrete_args=fixed or None)
         except Exception as error:
@@ -240,9 +249,8 @@ def _traced(
     for node in list(graph.nodes):
         if getattr(node.target, "__name__", "") == "_assert_is_none":
             graph.erase_node(node)  # this forward is called in no other case
-    for child in removed:
-        _edit(shell, graph, child)
-    return shell, graph
+    gone = [each for child in removed for each in _edit(shell, graph, child)]
+    return shell, graph, gone
 
 
 def _shell(module: nn.Module, base: type[nn.Module], *, training: bool) -> nn.Module:
@@ -273,8 +281,8 @@ def _by_case(base: type[nn.Module], forwards: Mapping[_Case, _Forward]) -> Calla
     return forward
 
 
-def _edit(module: nn.Module, graph: Graph, child: str) -> None:
-    """Erase the activations that take what a child gives."""
+def _edit(module: nn.Module, graph: Graph, child: str) -> list[Any]:
+    """Erase the activations that take what a child gives; returns what they were."""
     wanted = get_module(module, child)
     calls = [
         node
@@ -283,14 +291,25 @@ def _edit(module: nn.Module, graph: Graph, child: str) -> None:
     ]
     if not calls:
         raise _cannot(module, f"its forward does not call {child}")
+    gone = []
     for call in calls:
         users = list(call.users)
         if len(users) != 1 or not _is_activation(module, users[0], call):
-            said = ", ".join(str(user.target) for user in users) or "nothing"
+            said = ", ".join(_name_of(user) for user in users) or "nothing"
             raise _cannot(module, f"what it does with {child} is {said}, no activation alone")
+        options = {key: value for key, value in users[0].kwargs.items() if key != "inplace"}
+        gone.append(map_arg((_name_of(users[0]), users[0].args[1:], options), str))
         users[0].replace_all_uses_with(call)
         graph.erase_node(users[0])
     graph.lint()
+    return gone
+
+
+def _name_of(node: Node) -> str:
+    """What a node calls, whether in place or not."""
+    if isinstance(node.target, str):
+        return node.target.rstrip("_")
+    return str(getattr(node.target, "__name__", node.target)).rstrip("_")
 
 
 def _is_activation(module: nn.Module, node: Node, data: Node) -> bool:
@@ -298,8 +317,7 @@ def _is_activation(module: nn.Module, node: Node, data: Node) -> bool:
         return False
     if node.op == "call_module":
         return is_taken(get_module(module, str(node.target)))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name.rstrip("_") in _NAMES
+    return node.op in ("call_function", "call_method") and _name_of(node) in _NAMES
 
 
 def _cannot(module: nn.Module, why: str) -> SurgeryError:

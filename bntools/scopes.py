@@ -177,8 +177,9 @@ class OnnxLayers:
         user: int | None = norm
         while user in gone:
             value = self._nodes[user].input[0]
-            uses = [i for i, node in enumerate(self._nodes) if value in node.input]
-            if uses != [user] or value in returned:
+            uses = [node for node in self._nodes if value in node.input]
+            same = self._nodes[user].input  # one norm may be called twice
+            if value in returned or any(list(node.input) != list(same) for node in uses):
                 return []
             way.append(value)
             user = self._producer.get(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bntools.arrays import ArrayFile
 from bntools.errors import DataError
 from bntools.imports import one_line
-from bntools.preprocessing import Preprocessing
+from bntools.preprocessing import ChannelsError, Preprocessing
 
 __all__ = [
     "EXTENSIONS",
@@ -144,6 +144,8 @@ def decoded(file: Path | IO[bytes], preprocessing: Preprocessing) -> Tensor | st
             return preprocessing.image(image)
     except UnidentifiedImageError:
         return "it is no image"
+    except ChannelsError:  # about what was asked for, which no other image would suit better
+        raise
     except Exception as error:  # noqa: BLE001 - decoders raise anything on a damaged file
         strerror = error.strerror if isinstance(error, OSError) else None
         return strerror.lower() if strerror else one_line(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from bntools.building import (
     rank_of,
 )
 from bntools.errors import TargetError
+from bntools.norms.frozen import freeze_module, is_frozen
 
 __all__ = [
     "Resolution",
@@ -213,7 +214,9 @@ class ToInstanceNorm(Target):
     rank: int | None = None
 
     def resolved(self, shape: Shape) -> Resolution:
-        """Itself, unless its maps are 1x1: then the variance of one value is zero."""
+        """Itself, unless its maps are, or may be, 1x1: the variance of one value is zero."""
+        if shape.positions is None:
+            return Resolution(None, "it did not run: if its maps are 1x1, it would give its bias")
         if shape.positions == 1:
             return Resolution(None, "its maps are 1x1: an instance norm would give its bias alone")
         return Resolution(replace(self, rank=shape.rank))
@@ -237,6 +240,7 @@ class _ToEvoNorm(Target):
     """
 
     takes_activation = True
+    _: KW_ONLY
     nonlinearity: bool | None = None
     rank: int | None = None
 
@@ -251,13 +255,15 @@ class _ToEvoNorm(Target):
             channels_of(norm), eps=eps_of(norm), nonlinearity=active, **options, **place_of(norm)
         )
         new = carried(new, norm)
+        if active and not any(p.requires_grad for p in (new.weight, new.bias)):
+            new.v.requires_grad_(False)
         if not active:
             as_eval_affine(new, norm)
         return new
 
 
 @dataclass(frozen=True)
-class ToEvoNormS0(_Grouped, _ToEvoNorm):
+class ToEvoNormS0(_ToEvoNorm, _Grouped):
     """EvoNorm-S0: normalisation and activation in one, over the groups of each sample.
 
     Source: Liu et al., "Evolving Normalization-Activation Layers" (2020).
@@ -306,8 +312,10 @@ class ToEvoNormB0(_ToEvoNorm):
             mine, theirs = getattr(new, name, None), getattr(norm, name, None)
             if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
                 mine.copy_(theirs)
-        if getattr(norm, "momentum", None) is not None:
+        if hasattr(norm, "momentum"):
             new.momentum = norm.momentum
+        if is_frozen(norm) and getattr(new, "running_var", None) is not None:
+            freeze_module(new)
         return new
 
     def _classes(self) -> Mapping[int, type[nn.Module]]:

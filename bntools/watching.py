@@ -232,15 +232,16 @@ def _points(model: nn.Module, graph: Graph) -> Iterator[Point]:
 def _hosts(norm: Node, gone: Set[Node]) -> list[Node]:
     """The layers that can have absorbed a norm; none where all on the way to it has to agree.
 
-    A layer that something else uses as well cannot have: the norm is gone as nobody uses what it
-    gives, or wrongly.
+    A layer that something else than this norm uses as well cannot have: the norm is gone as nobody
+    uses what it gives, or wrongly.
     """
+    same = {node for node in gone if node.norm.owner == norm.norm.owner}
     try:
         hosts = sources(norm.inputs[0], gone)
     except Refused:
         return []
-    ends = [end for host in hosts for end in reach(host.outputs[0], gone - {norm}).ends]
-    return hosts if all(end.node is norm or end.partial for end in ends) else []
+    ends = [end for host in hosts for end in reach(host.outputs[0], gone - same).ends]
+    return hosts if all(end.node in same or end.partial for end in ends) else []
 
 
 def _between(value: Value, gone: Set[Node]) -> Iterator[Value]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 import bntools
 from bntools.errors import BNToolsError
@@ -137,10 +138,16 @@ _OPTIONS = [
     click.option(
         "--batch-size",
         type=click.IntRange(1),
+        metavar="N",
         default=32,
         help="Samples of a batch, over all processes (default 32).",
     ),
-    click.option("--max-samples", type=click.IntRange(1), help="Use no more samples than these."),
+    click.option(
+        "--max-samples",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Use no more samples than these.",
+    ),
     click.option(
         "--shuffle/--no-shuffle",
         default=None,
@@ -150,6 +157,7 @@ _OPTIONS = [
     click.option(
         "--workers",
         type=click.IntRange(0, 256),
+        metavar="N",
         default=0,
         help="Threads that read and decode ahead (default 0).",
     ),
@@ -185,6 +193,17 @@ _OPTIONS = [
 ]
 
 
+def _check_wanted(data: DataJob, name: str) -> None:
+    """Without data the options that say how to read them would change nothing."""
+    if data.source is not None:
+        return
+    context = click.get_current_context()
+    for field in fields(DataJob):
+        if context.get_parameter_source(field.name) is ParameterSource.COMMANDLINE:
+            option = "--" + field.name.replace("_", "-")
+            raise click.UsageError(f"{option} is about data: give {name}, or leave it out.")
+
+
 def data_options(
     name: str = "--data", *, required: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -197,6 +216,7 @@ def data_options(
         @functools.wraps(command)
         def run(*arguments: Any, **values: Any) -> None:
             data = DataJob(**{field.name: values.pop(field.name) for field in fields(DataJob)})
+            _check_wanted(data, name)
             if data.preset and (data.size or data.mean or data.std or data.grayscale):
                 raise click.UsageError(
                     "--preset has the size, mean, std and channels: leave these options out."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +85,6 @@ def export(
     if job.report is not None and is_same(job.report, output):
         raise click.UsageError("--output and --report name the same file.")
     job.check_writable(output, job.report)
-    if job.verbose:
-        logging.getLogger("bntools.export").setLevel(logging.DEBUG)
     options = bntools.ExportOptions(
         only=job.only or "*",
         skip=job.skip,
@@ -96,7 +96,7 @@ def export(
     model = job.load()
     if evaluate:
         model.eval()
-    with job.console.working("exporting"):
+    with job.console.working("exporting"), _told(job):
         result = bntools.export_onnx(
             model,
             job.examples(model),
@@ -110,6 +110,18 @@ def export(
             options=options,
         )
     _answer(job, result)
+
+
+@contextmanager
+def _told(job: Job) -> Iterator[None]:
+    """With --verbose, what torch's exporter says is shown."""
+    log = logging.getLogger("bntools.export")
+    before = log.level
+    log.setLevel(logging.DEBUG if job.verbose else before)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _answer(job: Job, result: Result[ExportReport]) -> None:

@@ -11,7 +11,7 @@ import click
 
 import bntools
 
-from .options import Answer, Job, file_option, is_same, shared_options
+from .options import Answer, Job, file_option, is_same, shared_options, stored_options
 
 if TYPE_CHECKING:
     from bntools.report import FreezeReport, Result
@@ -77,7 +77,7 @@ _DRY_RUN = click.option("-n", "--dry-run", is_flag=True, help="Only show what wo
     help="What frozen layers become: a BatchNorm that stays frozen (the default), or torchvision's"
     " FrozenBatchNorm2d.",
 )
-@shared_options
+@stored_options("seed")
 def freeze(job: Job, output: Path | None, dry_run: bool, affine: bool, form: str) -> None:
     """Freeze and save."""
 
@@ -92,7 +92,7 @@ def freeze(job: Job, output: Path | None, dry_run: bool, affine: bool, form: str
 @click.command("unfreeze", help=_UNFREEZE, short_help="Let frozen BatchNorm move again.")
 @_output_option(".unfrozen.pt")
 @_DRY_RUN
-@shared_options
+@stored_options("seed")
 def unfreeze(job: Job, output: Path | None, dry_run: bool) -> None:
     """Unfreeze and save."""
 

@@ -29,9 +29,11 @@ _HELP = """Surgery on PyTorch networks with BatchNorm, with proof that the resul
 \b
 Examples:
   bntools inspect model.pt
-  bntools fold model.pt
   bntools fold weights.pth --arch torchvision:resnet50 -o small.pt
+  bntools export model.pt
   bntools verify model.pt model.onnx
+  bntools recalibrate model.pt --data images/ --eval-data val/
+  bntools replace model.pt --with groupnorm --fit images/
 
 MODEL is a file that torch.save wrote, with a whole model or (with --arch) a state dict. Files
 are not trusted: nothing in them is run. It may also be an architecture's name, such as
@@ -90,8 +92,17 @@ program = Program(
     "bntools",
     help=_HELP,
     commands=[
-        inspect, fold, recalibrate, diff, export, verify, freeze, unfreeze, unsync, replace_norms,
-    ],  # fmt: skip
+        inspect,
+        fold,
+        recalibrate,
+        diff,
+        export,
+        verify,
+        freeze,
+        unfreeze,
+        unsync,
+        replace_norms,
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 program = click.version_option(bntools.__version__, message="%(prog)s %(version)s")(program)

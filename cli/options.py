@@ -27,6 +27,7 @@ __all__ = [
     "is_same",
     "pair_options",
     "shared_options",
+    "stored_options",
 ]
 
 _SUFFIXES = {".pt", ".pth", ".tar", ".bin", ".ckpt", ".pkl"}
@@ -217,8 +218,9 @@ _OPTIONS = dict(
         _option(
             "--seed",
             type=click.IntRange(0, 2**32 - 1),
+            metavar="N",
             default=0,
-            help="Seed of random inputs (default 0).",
+            help="Seed of all that is random: inputs, orders (default 0).",
         ),
         _option("--device", metavar="NAME", help="Run the model there: cpu, cuda, cuda:1, mps."),
         _option("--json", "as_json", is_flag=True, help="Print JSON in place of tables."),
@@ -233,6 +235,8 @@ _OPTIONS = dict(
         _option("-v", "--verbose", is_flag=True, help="More about the run; tracebacks of errors."),
     ]
 )
+# What stands in a job for an option that a command does not have.
+_ABSENT: dict[str, Any] = {"input_shape": (), "inputs": None, "seed": 0}
 _ON_ONE = [click.argument("model", metavar="MODEL")]
 _ON_TWO = [
     click.argument("reference", metavar="REFERENCE"),
@@ -245,22 +249,42 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, Job, _ON_ONE)
 
 
+def stored_options(
+    *without: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same for a command that runs the model on no input of its own, or not at all.
+
+    It has no --input-shape and --inputs, nor the options whose fields are named.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        return _with_options(command, Job, _ON_ONE, ("input_shape", "inputs", *without))
+
+    return decorate
+
+
 def pair_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command on two models the options that all have; it is called with a `Pair`."""
     return _with_options(command, Pair, _ON_TWO)
 
 
 def _with_options(
-    command: Callable[..., None], kind: type[Job] | type[Pair], arguments: list[Any]
+    command: Callable[..., None],
+    kind: type[Job] | type[Pair],
+    arguments: list[Any],
+    without: tuple[str, ...] = (),
 ) -> Callable[..., None]:
+    absent = {name: _ABSENT[name] for name in without}
+
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        values.update(absent)
         job = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         _check(job)
         job.console.quiet, job.console.verbose = job.quiet, job.verbose
         command(job, **values)
 
-    wanted = {field.name for field in fields(kind)}
+    wanted = {field.name for field in fields(kind)}.difference(without)
     for option in reversed([*arguments, *(o for name, o in _OPTIONS.items() if name in wanted)]):
         option(run)
     return run

@@ -13,7 +13,7 @@ import bntools
 from bntools.report import RecalibrationReport, Result
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, is_same, shared_options
+from .options import Answer, Job, is_same, stored_options
 from .progress import progress_bar
 from .recalibrate_options import Asked, recalibrate_options
 
@@ -42,13 +42,11 @@ make it worse are not written. The model of the file is changed only in its stat
 @click.command("recalibrate", help=_HELP, short_help="Re-estimate running statistics on data.")
 @recalibrate_options
 @data_options("--data", required=True)
-@shared_options
+@stored_options()
 def recalibrate(job: Job, *, data: DataJob, asked: Asked) -> None:
     """Recalibrate, judge and save."""
     output = asked.output or job.beside(".recalibrated.pt")
     _check_names(job, asked, output)
-    if job.input_shape or job.inputs:
-        raise click.UsageError("The inputs come from --data: leave --input-shape and --inputs out.")
     with bntools.processes() as here:
         if here.rank:
             job.console.quiet = True

@@ -99,6 +99,7 @@ _OPTIONS = [
     click.option(
         "--momentum",
         type=click.FloatRange(0, 1, min_open=True),
+        metavar="X",
         default=_MOMENTUM,
         help="Weight of each new batch with --method ema (default 0.1).",
     ),
@@ -111,11 +112,15 @@ _OPTIONS = [
         " the layers see (default 1).",
     ),
     click.option(
-        "--max-passes", type=click.IntRange(1), help="At most so many with --passes converge."
+        "--max-passes",
+        type=click.IntRange(1),
+        metavar="N",
+        help="At most so many with --passes converge (default 20).",
     ),
     click.option(
         "--tolerance",
         type=_POSITIVE,
+        metavar="X",
         help="The residual at which --passes converge ends (default 0.001).",
     ),
     click.option(
@@ -126,10 +131,13 @@ _OPTIONS = [
         help="Count the old statistics as N samples; auto: the mixture with the best score, without"
         " --eval-data that on batches that are held out (default 0).",
     ),
-    click.option("--max-batches", type=click.IntRange(1), help="Stop after so many batches."),
+    click.option(
+        "--max-batches", type=click.IntRange(1), metavar="N", help="Stop after so many batches."
+    ),
     click.option(
         "--max-error",
         type=_POSITIVE,
+        metavar="X",
         help="Stop once the 95 % confidence interval of every channel is within this, relative.",
     ),
     click.option(
@@ -145,7 +153,9 @@ _OPTIONS = [
         help="package.module:function(model, batch) that runs a batch.",
     ),
     click.option(
-        "--skip-nonfinite", is_flag=True, help="Leave out batches with NaN or infinity, and count."
+        "--skip-nonfinite",
+        is_flag=True,
+        help="Leave out batches with NaN or infinity, and count them.",
     ),
     click.option(
         "--keep-partial",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,7 +155,8 @@ def replace_norms(job: Job, *, data: DataJob, asked: _Asked) -> None:
     model = job.load()
     batches = None if data.source is None else data.read(job)
     examples = job.examples(model)
-    with _progress(job.console) as progress, data.explained():
+    helped = data.explained() if data.source else nullcontext()
+    with _progress(job.console) as progress, helped:
         result = bntools.replace(
             model,
             target,

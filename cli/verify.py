@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def verify(job: Pair, *, data: DataJob, plot: Path | None, **asked: Any) -> None
     models = [_opened(job, source) for source in (job.reference, job.candidate)]
     inputs = data.read(job) if data.source else job.examples(_first_module(models))
     with job.console.working("comparing"):
-        result = bntools.verify(models[0], models[1], inputs, seed=job.seed, **asked)
+        result = _judged(models, inputs, data, seed=job.seed, **asked)
     _say(job, result)
     if plot is not None and result.layers is not None:
         bntools.write_plot(result.layers, plot, force=job.force)
@@ -84,6 +85,14 @@ def verify(job: Pair, *, data: DataJob, plot: Path | None, **asked: Any) -> None
     job.show(answer, str(result))
     if not result:
         click.get_current_context().exit(1)
+
+
+def _judged(
+    models: list[nn.Module | Path], inputs: Any, data: DataJob, **asked: Any
+) -> Equivalence:
+    """The judgement; where data do not suit the model, the error says which option would help."""
+    with data.explained() if data.source else nullcontext():
+        return bntools.verify(models[0], models[1], inputs, **asked)
 
 
 def _check(job: Pair, data: DataJob, plot: Path | None) -> None:

@@ -110,6 +110,18 @@ class Odd(nn.Module):
             return self.act(y) + self.bn(x + 1)
         if self.kind == "different activations":
             return self.act(y) + torch.tanh(self.bn(x + 1))
+        return self._depending(y)
+
+    def _depending(self, y: Tensor) -> Tensor:
+        """What depends on the mode, or on the layers themselves."""
+        if self.kind == "another in training":
+            return F.relu(y) if self.training else torch.tanh(y)
+        if self.kind == "none in training":
+            return y if self.training else self.act(y)
+        if self.kind == "asked for":
+            return self.act(y) * (2 if isinstance(self.act, nn.ReLU) else 1)
+        if self.kind == "asks the norm":
+            return F.relu(y) * (2 if self.bn.training else 1)
         raise ValueError(self.kind)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +29,10 @@ from torch import Tensor, nn
 from zoo_models import MODELS, TORCHVISION
 
 import bntools
+from bntools.artifacts import staged
+from bntools.examples import given
+from bntools.runtimes import exporting
+from bntools.runtimes.sessions import open_session
 
 __all__ = ["CLASSIFIERS", "TABLE", "TARGETS", "Row", "measure", "read", "summary"]
 
@@ -180,21 +182,16 @@ def _reloads(result: Any, example: Tensor) -> bool:
 
 def _export_errors(model: nn.Module, example: Tensor) -> tuple[float, float]:
     """The errors of ONNX Runtime and of torch, both in float32, against float64."""
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        path = Path(folder) / "model.onnx"
-        with redirect_stderr(io.StringIO()):
-            torch.onnx.export(model, (example,), path, dynamo=True, optimize=False, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        found = session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
+    made = exporting.export(model, given(example), dynamic=False)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        staged(made.graph, Path(folder) / "m.onnx") as file,
+    ):
+        session = open_session(file.source, provider="cpu")
+        found = next(iter(session.run(made.feeds(given(example))).values()))
     native = outputs(model, example)[0]
     truth = outputs(copy.deepcopy(model).double(), example.double())[0]
-    error, own = (
-        (each - truth).norm() / truth.norm() for each in (torch.from_numpy(found), native)
-    )
+    error, own = ((each - truth).norm() / truth.norm() for each in (found, native))
     return float(error), float(own)
 
 

@@ -144,6 +144,13 @@ def test_unsync_runs_the_model_to_see_dimensions(folder):
     assert "Cannot run the model" in wrong.stderr
 
 
+@pytest.mark.parametrize("command", ["freeze", "unfreeze"])
+@pytest.mark.parametrize("option", ["--input-shape", "--inputs", "--seed"])
+def test_what_runs_no_model_has_no_options_for_inputs(folder, command, option):
+    """They were taken, and changed nothing."""
+    assert f"No such option '{option}'" in run(command, "model.pt", option, "1", code=2).stderr
+
+
 def test_a_frozen_file_folds(folder):
     run("freeze", "model.pt")
     result = run("fold", "model.frozen.pt")

@@ -434,8 +434,8 @@ def test_what_cannot_be_done_is_explained(folder, arguments, code, says):
         (["--plot", "model.pt"], "--plot names the file of the model"),
         (["--plot", "a.png", "-o", "a.png"], "--output and --plot name the same file"),
         (["--report", "a.pt", "-o", "a.pt"], "--output and --report name the same file"),
-        (["--input-shape", "1x3x8x8"], "The inputs come from --data"),
-        (["--inputs", "x.npz"], "The inputs come from --data"),
+        (["--input-shape", "1x3x8x8"], "No such option '--input-shape'"),
+        (["--inputs", "x.npz"], "No such option '--inputs'"),
     ],
 )
 def test_options_that_make_no_sense_are_malformed(folder, options, says):
@@ -546,3 +546,24 @@ def test_a_process_that_dies_ends_the_run_and_nothing_is_written(folder):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0, stderr
     assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("mine:score", "Cannot use the mask on batch 1.*: it raised "),
+        ("math:isnan", "Cannot use the mask on batch 1.*: it raised TypeError"),
+        ("builtins:str", "Cannot use the mask on batch 1.*: it is a str. Give a boolean tensor"),
+    ],
+)
+def test_a_mask_that_is_none_is_explained(folder, function, says):
+    """It used to be called a bug of bntools."""
+    fails("model.pt", "--data", "x.npz", "--mask", function, says=says)
+
+
+def test_options_that_suit_no_image_are_not_blamed_on_the_first(folder):
+    """--skip-broken would leave every image out."""
+    Path("photos").mkdir()
+    Image.new("RGB", (8, 8)).save("photos/a.png")
+    options = ["model.pt", "--data", "photos", "--mean", "1,2", "--skip-broken"]
+    fails(*options, says="^Error: Cannot normalise: mean has 2 values, and the images have 3")

@@ -162,8 +162,17 @@ def test_cuda_that_cannot_be_had_exits_with_3(folder, monkeypatch):
         ("model.pt", "wrong.pt", "--dtype", "float8"),
         ("model.pt", "wrong.pt", "--provider", "tpu"),
         ("model.pt", "wrong.pt", "-q", "-v"),
+        ("model.pt", "wrong.pt", "--batch-size", "4"),
+        ("model.pt", "wrong.pt", "--no-shuffle"),
     ],
     ids=lambda value: " ".join(value[1:]) or "one model",
 )
 def test_options_that_make_no_sense_exit_with_2(folder, arguments):
     assert verify(*arguments).exit_code == 2
+
+
+def test_data_that_do_not_suit_the_model_are_met_by_the_option_that_helps(folder):
+    np.save("colour.npy", np.zeros((2, 3, 8, 8), np.float32))
+    result = verify("model.pt", "model.pt", "--data", "colour.npy")
+    assert result.exit_code == 3
+    assert "Give --grayscale to make one channel of three." in result.stderr

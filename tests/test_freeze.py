@@ -20,7 +20,7 @@ from timm.layers.norm_act import (
 from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from zoo_models import MODELS
 
 import bntools
@@ -1039,3 +1039,32 @@ def test_paths_of_the_report_lead_to_the_layers():
 def test_errors_are_those_of_bntools():
     for error in (PlanError, SurgeryError, InputError, LoadError):
         assert issubclass(error, BNToolsError)
+
+
+def test_a_pruned_weight_stops_with_the_affine():
+    """What trains is `weight_orig`; the layer's weight is computed of it."""
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    frozen = bntools.freeze(model, affine=True).model
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in bntools.unfreeze(frozen).model.parameters())
+
+
+def test_unsync_sees_inputs_that_are_given_by_name():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.SyncBatchNorm(3)
+
+        def forward(self, x):
+            return self.bn(input=x)
+
+    assert type(bntools.unsync(Model(), torch.zeros(1, 3, 4, 4)).model.bn) is nn.BatchNorm2d
+
+
+def test_a_weight_that_two_layers_share_trains_again():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    frozen = bntools.freeze(model, affine=True).model
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in bntools.unfreeze(frozen).model.parameters())

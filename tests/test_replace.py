@@ -197,6 +197,23 @@ def test_what_bntools_froze_is_replaced():
     assert not new.weight.requires_grad
 
 
+def test_a_frozen_norm_becomes_a_b0_that_stays_frozen():
+    """Its variance would move in training, and v, when the affine were to stay."""
+    model = bntools.freeze(net(nn.BatchNorm2d(4), nn.ReLU()), affine=True).model
+    for fit in (None, [X, X + 1]):
+        new = bntools.replace(model, "evonorm-b0", X, fit=fit).model[1]
+        before = new.running_var.clone()
+        new.train()(torch.randn(4, 4, 5, 5))
+        assert torch.equal(new.running_var, before)
+        assert not any(p.requires_grad for p in new.parameters())
+    assert type(bntools.unfreeze(new).model) is EvoNorm2dB0
+
+
+def test_a_cumulative_average_stays_one():
+    model = net(nn.BatchNorm2d(4, momentum=None), nn.ReLU())
+    assert bntools.replace(model, "evonorm-b0", X).model[1].momentum is None
+
+
 def test_a_lazy_norm_is_made_first():
     model = nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d()).eval()
     new = bntools.replace(model, bntools.ToGroupNorm(groups=3), X).model
@@ -240,15 +257,16 @@ def test_hooks_and_scripted_layers_keep_their_layer():
         assert [row.reason for row in report.layers] == [reason]
 
 
-def test_a_norm_that_did_not_run_is_replaced_unless_its_activation_matters():
+def test_a_norm_that_did_not_run_is_replaced_unless_its_surroundings_matter():
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "idle": nn.BatchNorm2d(4)})
     model.forward = model["conv"].forward
     model.eval()
     row = bntools.replace(model, "groupnorm", X).report.layers[0]
     assert row.action is Action.REPLACE
     assert "did not run" in row.note
-    row = bntools.replace(model, "evonorm-s0", X).report.layers[0]
-    assert row.reason is Reason.NOT_EXECUTED
+    for target in ("evonorm-s0", "instancenorm"):
+        row = bntools.replace(model, target, X).report.layers[0]
+        assert row.reason is Reason.NOT_EXECUTED
 
 
 def test_timm_layers_keep_drop_and_activation_or_give_it_away():
@@ -421,6 +439,45 @@ def test_a_malformed_target_is_told(make, said):
         make()
 
 
+def test_a_number_without_a_name_is_the_number_of_groups():
+    """Not, by the order of the bases, the nonlinearity."""
+    assert bntools.ToEvoNormS0(4) == bntools.ToEvoNormS0(groups=4)
+    with pytest.raises(TypeError, match="positional argument"):
+        bntools.ToEvoNormB0(4)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"edit": "unsync", "path": "1"},
+        {"edit": "unsync", "path": "1", "dims": "two"},
+        {"edit": "freeze", "path": "1", "form": "package.module:factory"},
+        {"edit": "add-bias", "path": "0", "channels": 10**12},
+        {"edit": "add-bias", "path": "0", "channels": "many"},
+    ],
+    ids=lambda edit: " ".join(map(str, edit.values())),
+)
+def test_a_damaged_edit_is_told(edit):
+    with pytest.raises(SurgeryError, match=f"Cannot {edit['edit'].partition('-')[0]}"):
+        apply_edits(net(nn.BatchNorm2d(4)), Recipe.from_dict({"version": 1, "edits": [edit]}))
+
+
+def test_loading_a_file_imports_no_factory_that_its_recipe_names(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "hostile.py").write_text(f"open({str(ran)!r}, 'w')\nmake = print\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edit = {"edit": "replace-norm", "path": "1", "target": {"name": "hostile:make"}}
+    recipe = {"version": 1, "edits": [edit]}
+    content = {"model": net(nn.BatchNorm2d(4)), "bntools_recipe": recipe, "bntools_version": "0"}
+    torch.save(content, tmp_path / "hostile.pt")
+    model = bntools.load(tmp_path / "hostile.pt")
+    bntools.save(bntools.fold(model, X), tmp_path / "folded.pt")
+    bntools.load(tmp_path / "folded.pt")
+    with pytest.raises(TargetError, match="runs no code of others"):
+        apply_edits(net(nn.BatchNorm2d(4)), recipe_of(model))
+    assert not ran.exists()
+
+
 def test_a_factory_that_cannot_be_imported_is_told():
     with pytest.raises(LoadError, match="no module named 'nowhere'"):
         bntools.named_target("nowhere:norm")
@@ -504,6 +561,16 @@ def test_what_is_kept_folds_afterwards_and_the_recipes_chain():
     assert kinds[-1] == "drop-norm"
     rebuilt = apply_edits(residual(), folded.recipe)
     assert rebuilt.state_dict().keys() == folded.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("target", ["evonorm-s0", "evonorm-b0"])
+def test_an_evonorm_without_nonlinearity_folds_as_the_affine_that_it_is(target):
+    model = bntools.replace(net(nn.BatchNorm2d(4)), target, X).model
+    result = bntools.fold(model, X)
+    assert type(result.model[1]) is nn.Identity
+    torch.testing.assert_close(result.model(X), model(X), rtol=1e-4, atol=1e-4)
+    active = bntools.replace(net(nn.BatchNorm2d(4), nn.ReLU()), target, X).model
+    assert not bntools.fold(active, X).report.folds
 
 
 def test_one_layer_after_the_other_gives_the_same_as_both_at_once():

@@ -178,6 +178,9 @@ def test_a_graph_module_is_edited_in_place_of_its_class():
         (Odd("only in training elsewhere"), Reason.ACTIVATION_STAYS, "in training mode"),
         (Odd("some calls"), Reason.ACTIVATION_STAYS, "some of its calls"),
         (Odd("different activations"), Reason.ACTIVATION_STAYS, "more than once"),
+        (Odd("another in training"), Reason.ACTIVATION_STAYS, "depends on the mode"),
+        (Odd("none in training"), Reason.ACTIVATION_STAYS, "does something else besides"),
+        (Odd("asked for"), Reason.ACTIVATION_STAYS, "does something else besides"),
     ],
     ids=lambda value: getattr(value, "kind", "") or type(value).__name__,
 )
@@ -196,6 +199,51 @@ def test_an_activation_that_cannot_go_keeps_the_layer_with_a_reason(model, reaso
 
 def _flat(out):
     return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_an_activation_with_hooks_stays(register):
+    """They would never be called again."""
+    model = ready(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
+    getattr(model[2], register)(lambda *_: None)
+    result = replaced(model)
+    assert result.report.layers[0].action is Action.KEEP
+    assert type(result.model[2]) is nn.ReLU
+
+
+def test_one_activation_that_cannot_go_does_not_keep_the_others():
+    model = ready(nn.Sequential(Odd("asked for"), nn.BatchNorm2d(3), nn.Tanh()))
+    rows = {row.path: row.reason for row in replaced(model).report.layers}
+    assert rows == {"0.bn": Reason.ACTIVATION_STAYS, "1": None}
+
+
+def test_a_forward_that_asks_the_norm_for_its_mode_still_does():
+    model = ready(Odd("asks the norm"))
+    new = replaced(model).model
+    with torch.no_grad():
+        ratio = new.train()(X) / torch.where((y := new.bn(X)) == 0, 1, y)
+    assert new.bn.nonlinearity
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0))
+
+
+class ByName(nn.Module):
+    """Names the argument of its norm, and asks it for its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.relu(self.bn(input=x)) * self.bn.num_features
+
+
+def test_a_new_layer_answers_to_what_the_code_around_a_batch_norm_asks():
+    assert replaced(ByName().eval()).model.bn.nonlinearity
+    over = bntools.ToLayerNorm(over="channels")
+    assert bntools.replace(ByName().eval(), over, X).model.bn.num_features == 3
 
 
 @pytest.mark.parametrize("model", [Looping(), Functional(F.mish), Odd("used elsewhere")])

@@ -146,7 +146,7 @@ def test_batch_that_the_file_fixes_is_kept(tmp_path):
         result = bntools.verify(*pair)
         assert result
         assert (result.batches, result.inputs) == (1, "x=5x4 float32 (inferred)")
-    with pytest.raises(InputError, match=r"shape \(3, 4\), and it takes x: 5x4 float32"):
+    with pytest.raises(InputError, match=r"it takes x: 5x4 float32\. Give such inputs, or export"):
         bntools.verify(Twin(), path, X)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -267,8 +267,7 @@ class Estimation:
     def _forward(self, batch: Batch) -> None:
         taps = self.taps
         taps.batch = str(batch)
-        mask = self.options.mask
-        taps.mask = None if mask is None else mask(batch.content)
+        taps.mask = self._mask(batch)
         self.feeder.lay_out(batch.content)
         taps.stop_after = taps.course.length(batch.content)
         try:
@@ -285,6 +284,27 @@ class Estimation:
                 f"Cannot run {batch}: the model fails{behind} ({why}). The model is as it was. Give"
                 " batches that it accepts, or a forward= that runs them."
             ) from error
+
+    def _mask(self, batch: Batch) -> torch.Tensor | None:
+        """The positions that count, as the caller's function says."""
+        if self.options.mask is None:
+            return None
+        try:
+            mask: Any = self.options.mask(batch.content)
+        except BNToolsError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CalibrationError(
+                f"Cannot use the mask on {batch}: it raised {why}. The model is as it was. Give a"
+                " function of a batch."
+            ) from error
+        if not isinstance(mask, torch.Tensor) or mask.dim() == 0:
+            raise CalibrationError(
+                f"Cannot use the mask on {batch}: it is a {type(mask).__name__}. Give a boolean"
+                " tensor (N, ...) of the positions that count."
+            )
+        return mask
 
     def _tell(self, done: _Pass, start: float) -> None:
         if self.options.progress is not None:

@@ -11,7 +11,7 @@ from bntools.modules import is_unmade, named_modules
 from bntools.registry import norm_rule
 from bntools.report import Reason
 
-__all__ = ["BatchNorm", "Ownership", "editing_refusal", "is_norm_layer", "norm_layers"]
+__all__ = ["BatchNorm", "Ownership", "editing_refusal", "has_hooks", "is_norm_layer", "norm_layers"]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the base of all has no other name
 _STANDARD = (BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -114,9 +114,14 @@ def editing_refusal(module: nn.Module) -> tuple[Reason, str] | None:
     """What would be lost if something else took a layer's place, or None."""
     if type(module).__call__ is not nn.Module.__call__:
         return Reason.MORE_THAN_NORM, "its class overrides __call__, which would be lost with it"
-    if not is_unmade(module) and any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if not is_unmade(module) and has_hooks(module):
         return Reason.HOOKS, "it has hooks, which would be lost with it; remove them first"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after a module."""
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def _scripted_name(module: nn.Module) -> str:

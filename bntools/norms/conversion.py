@@ -108,6 +108,8 @@ def to_batch_norm(module: nn.Module, dims: int) -> nn.Module:
 def _frozen(module: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     if options.get("form", FORMS[0]) == FORMS[0]:
         return freeze_module(module, affine=bool(options.get("affine")))
+    if options["form"] not in FORMS:
+        raise TypeError(f"there is no form {options['form']!r}")
     return to_frozen_batchnorm(module)
 
 

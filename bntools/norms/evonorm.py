@@ -73,6 +73,11 @@ class EvoNorm(nn.Module):
         else:
             self.register_parameter("v", None)
 
+    @property
+    def num_features(self) -> int:
+        """The channels, as batch norms name them: code around a norm may ask."""
+        return int(self.channels)
+
     def reset_parameters(self) -> None:
         """Set weight and v to one, bias to zero."""
         nn.init.ones_(self.weight)
@@ -110,12 +115,12 @@ class EvoNormS0(EvoNorm):
         self.groups = fitting_groups(channels, groups)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise and activate x of shape (N, C, ...)."""
-        check_rank(x.dim(), self._ranks[0], self._ranks[1])
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch's norms name it
+        """Normalise and activate an input of shape (N, C, ...)."""
+        check_rank(input.dim(), self._ranks[0], self._ranks[1])
         if self.v is None:
-            return channel_affine(x, self.weight, self.bias)
-        return evo_norm_s0(x, self.v, self.weight, self.bias, groups=self.groups, eps=self.eps)
+            return channel_affine(input, self.weight, self.bias)
+        return evo_norm_s0(input, self.v, self.weight, self.bias, groups=self.groups, eps=self.eps)
 
     def _own_repr(self) -> str:
         return f", groups={self.groups}"
@@ -164,13 +169,13 @@ class EvoNormB0(EvoNorm):
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise and activate x of shape (N, C, ...)."""
-        check_rank(x.dim(), self._ranks[0], self._ranks[1])
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch's norms name it
+        """Normalise and activate an input of shape (N, C, ...)."""
+        check_rank(input.dim(), self._ranks[0], self._ranks[1])
         if self.v is None:
-            return channel_affine(x, self.weight, self.bias)
+            return channel_affine(input, self.weight, self.bias)
         variance = None if self.training else self.running_var
-        y, seen = evo_norm_b0(x, self.v, self.weight, self.bias, variance, eps=self.eps)
+        y, seen = evo_norm_b0(input, self.v, self.weight, self.bias, variance, eps=self.eps)
         if self.training:
             self._update(seen)
         return y

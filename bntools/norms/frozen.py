@@ -39,7 +39,7 @@ __all__ = [
 for _name in ("channel_affine", "check_rank", "evo_norm_b0"):
     torch.fx.wrap(_name)  # symbolic traces call them whole
 
-_AFFINE = ("weight", "bias", "v")
+_AFFINE = ("weight", "bias", "v")  # and what they are computed of: weight_orig, weight_g
 _NAMES = ("FrozenBatchNorm", "FrozenSyncBatchNorm", "FrozenEvoNorm")
 _TIMM = "timm.layers.norm_act"
 
@@ -128,12 +128,12 @@ class FrozenSyncBatchNorm(_EvalBatchNorm, nn.SyncBatchNorm):
 class _EvalEvoNormB0(Frozen):
     """EvoNorm-B0 by the running variance, without a mode to ask for."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Normalise and activate x of shape (N, C, ...)."""
-        check_rank(x.dim(), self._ranks[0], self._ranks[1])
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 - as torch's norms name it
+        """Normalise and activate an input of shape (N, C, ...)."""
+        check_rank(input.dim(), self._ranks[0], self._ranks[1])
         if self.v is None:
-            return channel_affine(x, self.weight, self.bias)
-        return evo_norm_b0(x, self.v, self.weight, self.bias, self.running_var, eps=self.eps)[0]
+            return channel_affine(input, self.weight, self.bias)
+        return evo_norm_b0(input, self.v, self.weight, self.bias, self.running_var, eps=self.eps)[0]
 
 
 class FrozenEvoNorm1dB0(_EvalEvoNormB0, evonorm.EvoNorm1dB0):
@@ -242,12 +242,11 @@ def freeze_module(module: nn.Module, *, affine: bool = False) -> nn.Module:
         object.__setattr__(module, "__class__", frozen_class(type(module)))
         module.__dict__.update(training=False, _mode_asked=mode)
     if affine and "_grad_before" not in module.__dict__:
-        own = {name: module._parameters.get(name) for name in _AFFINE}
-        flags = {name: p.requires_grad for name, p in own.items() if p is not None}
-        module.__dict__["_grad_before"] = flags
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        own = {name: p for name, p in own.items() if name.partition("_")[0] in _AFFINE}
+        module.__dict__["_grad_before"] = {name: p.requires_grad for name, p in own.items()}
         for parameter in own.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(False)
     return module
 
 
@@ -265,6 +264,6 @@ def unfreeze_module(module: nn.Module) -> nn.Module:
     module.training = mode
     for name, flag in flags.items():
         parameter = module._parameters.get(name)
-        if parameter is not None:
-            parameter.requires_grad_(flag)
+        if parameter is not None and flag:  # one that another frozen layer shares was off before
+            parameter.requires_grad_(True)
     return module

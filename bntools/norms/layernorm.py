@@ -40,9 +40,14 @@ class ChannelLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x of shape (N, C, ...)."""
-        last = x.movedim(1, -1)
+    @property
+    def num_features(self) -> int:
+        """The channels, as batch norms name them: code around a norm may ask."""
+        return int(self.channels)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch's norms name it
+        """Normalise an input of shape (N, C, ...)."""
+        last = input.movedim(1, -1)
         return F.layer_norm(last, [self.channels], self.weight, self.bias, self.eps).movedim(-1, 1)
 
     def extra_repr(self) -> str:

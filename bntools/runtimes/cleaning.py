@@ -25,6 +25,7 @@ def clean(model: ir.Model) -> None:
     """
     optimizer.inline(model)
     optimizer.fold_constants(model, onnx_shape_inference=False)
+    _drop_zero_biases(model)
     passes = ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -37,6 +38,20 @@ def clean(model: ir.Model) -> None:
     )
     passes(model)
     _drop_notes(model)
+
+
+def _drop_zero_biases(model: ir.Model) -> None:
+    """A conv without a bias gets zeros from torch's exporter, of a wrong shape in three dimensions.
+
+    (onnxscript 0.7, `aten_conv3d`: (C, 2) in the place of (C,), which ONNX Runtime refuses.)
+    """
+    for node in _nodes(model):
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+            continue
+        bias = node.inputs[2]
+        zeros = None if bias is None else ir.convenience.get_const_tensor(bias)
+        if zeros is not None and not zeros.numpy().any():
+            node.resize_inputs(2)
 
 
 def _drop_notes(model: ir.Model) -> None:

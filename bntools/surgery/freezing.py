@@ -162,13 +162,14 @@ def _input_ranks(
 def _run(
     model: nn.Module, layers: Iterable[nn.Module], examples: Examples, ranks: dict[int, set[int]]
 ) -> None:
-    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        ranks[id(layer)].add(inputs[0].dim())
+    def note(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ranks[id(layer)].add((*inputs, *named.values())[0].dim())
 
     with preserved(model), unwritten(model), torch.no_grad():
         model.eval()
         for layer in layers:
-            layer.register_forward_pre_hook(note)  # `preserved` takes it away
+            # `preserved` takes it away
+            layer.register_forward_pre_hook(note, with_kwargs=True)
         fed = examples.copied()
         model(*fed.args, **fed.kwargs)
 

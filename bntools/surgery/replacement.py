@@ -24,7 +24,15 @@ from bntools.report import Action, Reason, Replacement
 from bntools.rewriting import retrace
 from bntools.targets import Resolution, Shape, Site, Target
 
-__all__ = ["Choices", "Planned", "plan_replacement", "recipe_for", "replace_in", "traced_copy"]
+__all__ = [
+    "Choices",
+    "Planned",
+    "plan_replacement",
+    "recipe_for",
+    "replace_in",
+    "standing_in",
+    "traced_copy",
+]
 
 _LOST = (Reason.SCRIPTED, Reason.HOOKS, Reason.MORE_THAN_NORM)
 
@@ -115,6 +123,25 @@ def traced_copy(model: nn.Module, planned: Iterable[Planned]) -> nn.Module:
     return copied
 
 
+def standing_in(model: nn.Module, planned: Iterable[Planned]) -> nn.Module:
+    """A copy without the activations that go, in which their norms do what they did.
+
+    Raises what rewriting raises.
+    """
+    taking = [each for each in planned if each.following is not None]
+    copied = traced_copy(model, taking)
+    for each in taking:
+        if each.site is not None and each.site.activation is not None:
+            norm = get_module(copied, each.site.path)
+            norm.register_forward_hook(_applying(each.site.activation))
+    removed = [e for e in recipe_for(taking).edits if e.kind == "remove-activation"]
+    return replace_in(copied, Recipe(tuple(removed)))
+
+
+def _applying(activation: nn.Module) -> Callable[[nn.Module, Any, Any], Any]:
+    return lambda _, __, out: activation(out)
+
+
 def replace_in(
     copied: nn.Module, recipe: Recipe, factory: Callable[[nn.Module], nn.Module] | None = None
 ) -> nn.Module:
@@ -150,7 +177,8 @@ def _replaced(context: _Context, layer: NormLayer) -> Planned:
     activation = _activation(context, layer.path, module)
     found = _resolved(shape, choices, activation)
     if found.target is None:
-        raise Refused(Reason.ONE_VALUE, f"{found.note}{_inferred(seen)}")
+        reason = Reason.NOT_EXECUTED if shape.positions is None else Reason.ONE_VALUE
+        raise Refused(reason, f"{found.note}{_inferred(seen)}")
     site = Site(
         layer.path,
         ".".join(filter(None, [layer.path, "norm"]))
