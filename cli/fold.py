@@ -98,12 +98,7 @@ def _save(job: Job, result: Result[Report], output: Path) -> str | None:
     if not result.report.folds:
         job.console.note("nothing was folded, so no model is written")
         return None
-    if job.device is not None:
-        result.model.cpu()
-    with job.console.working(f"writing {output}"):
-        bntools.save(result, output, force=job.force)
-    job.console.note(f"wrote {output}")
-    return str(output)
+    return job.save(result, output)
 
 
 def _is_proven(report: Report) -> bool:

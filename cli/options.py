@@ -12,6 +12,7 @@ import click
 
 import bntools
 from bntools.errors import BNToolsError, InputError
+from bntools.report import Result
 
 from .console import Console
 
@@ -124,6 +125,19 @@ class Job(Common):
         """The model, on the device that was asked for."""
         model = self.read(self.model)
         return model if self.device is None else _moved(model, self.device)
+
+    def save(self, result: Result[Any], output: Path, *, dry_run: bool = False) -> str | None:
+        """Write the model of a surgery, or say what would be written; the name of the file."""
+        if dry_run:
+            exists = ", which exists: that takes --force" if output.exists() else ""
+            self.console.note(f"would write {output}{'' if self.force else exists}")
+            return None
+        if self.device is not None:
+            result.model.cpu()
+        with self.console.working(f"writing {output}"):
+            bntools.save(result, output, force=self.force)
+        self.console.note(f"wrote {output}")
+        return str(output)
 
 
 @dataclass(frozen=True)

@@ -180,20 +180,11 @@ class _Run:
         job.show(answer, str(replace(report, warnings=())))
 
     def _save(self, result: Result[RecalibrationReport]) -> str | None:
-        job, output = self.job, self.output
+        job = self.job
         if not result.report.layers:
             job.console.note("nothing was recalibrated, so no model is written")
             return None
-        if self.asked.dry_run:
-            exists = ", which exists: that takes --force" if output.exists() else ""
-            job.console.note(f"would write {output}{'' if job.force else exists}")
-            return None
-        if job.device is not None:
-            result.model.cpu()
-        with job.console.working(f"writing {output}"):
-            bntools.save(result, output, force=job.force)
-        job.console.note(f"wrote {output}")
-        return str(output)
+        return job.save(result, self.output, dry_run=self.asked.dry_run)
 
 
 def _say(job: Job, report: RecalibrationReport, data: Data) -> None:

@@ -252,13 +252,4 @@ def _written(
     if not result.report.replaced:
         job.console.note("nothing was replaced, so no model is written")
         return None
-    if dry_run:
-        exists = ", which exists: that takes --force" if output.exists() and not job.force else ""
-        job.console.note(f"would write {output}{exists}")
-        return None
-    if job.device is not None:
-        result.model.cpu()
-    with job.console.working(f"writing {output}"):
-        bntools.save(result, output, force=job.force)
-    job.console.note(f"wrote {output}")
-    return str(output)
+    return job.save(result, output, dry_run=dry_run)

@@ -141,7 +141,7 @@ def _check_port(port: Port, tensor: Tensor) -> None:
     if not fits:
         raise InputError(
             f"Cannot run the ONNX model: {port.name} has the shape {tuple(tensor.shape)}, and it"
-            f" takes {port}. Give such inputs, or export it for these (bntools export --input-shape)."
+            f" takes {port}. Give such inputs, or export it for these (--input-shape)."
         )
 
 
