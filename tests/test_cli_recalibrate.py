@@ -482,7 +482,10 @@ def test_an_interrupted_run_writes_nothing(folder):
     while not Path("asleep").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "interrupted"
     Path("asleep").unlink()

@@ -477,7 +477,7 @@ OTHERS = {
     ),
     "ONNX": (
         lambda p: p.write_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x062.15.0:\x03abc"),
-        "an ONNX model; .*not read",
+        "an ONNX model; only `bntools verify` takes that",
     ),
     "HDF5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
     "npy": (lambda p: p.write_bytes(b"\x93NUMPY\x01\x00" + bytes(99)), "a NumPy array"),
