@@ -14,14 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from bntools.absorb import absorb_after
 from bntools.affine import Affine
-from bntools.backward import HostFold
 from bntools.dataflow.graph import Kind
 from bntools.dataflow.layers import BatchNorm, norm_layers
 from bntools.errors import BNToolsError
 from bntools.examples import Examples, given
 from bntools.health import NormFacts, findings
 from bntools.modules import named_modules, unwrap
-from bntools.planning import compiled_of, plan_fold
+from bntools.planning import HostFold, compiled_of, plan_fold
 from bntools.report import Decision, Inspection, LayerHealth, Plan, Range, Reason
 
 __all__ = ["inspect"]

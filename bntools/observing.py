@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntools.backward import bias_beside
 from bntools.dataflow.graph import Graph, Kind, Node
 from bntools.dataflow.guard import unwritten
+from bntools.dataflow.reach import bias_beside
 from bntools.dataflow.recorder import record
 from bntools.errors import BNToolsError, InputError
 from bntools.examples import Examples, candidates, given

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bntools.backward import NormFold
 from bntools.dataflow.guard import rounding, untouched
 from bntools.equivalence import Outputs, Truth, compare, find_truth, in_float64, run
 from bntools.errors import InputError
 from bntools.examples import Examples
 from bntools.measuring import pooled
+from bntools.planning import NormFold
 from bntools.report import Equivalence, OutputError
 from bntools.surgery.folding import Folded, fold_copy, fold_in_place
 from bntools.tolerance import float64_limit, relative_error

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from zoo_models import MODELS, Model
 
 import bntools
-from bntools.backward import NormFold
+from bntools.planning import NormFold
 from bntools.report import Plan
 from bntools.surgery.folding import fold_copy, fold_in_place
 

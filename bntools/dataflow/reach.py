@@ -18,6 +18,7 @@ __all__ = [
     "Reach",
     "Refused",
     "affines_at",
+    "bias_beside",
     "describe",
     "meets",
     "passes",
@@ -283,3 +284,9 @@ def weight_uses(graph: Graph, name: str) -> list[Node]:
             else:
                 raise Refused(Reason.TIED_WEIGHT, f"{name} is also used by {describe(node)}")
     return calls
+
+
+def bias_beside(graph: Graph, weight: str) -> str:
+    """The name that the bias of a weight's layer has, whether it is there or not."""
+    owner = graph.owners[weight]
+    return f"{owner}.bias" if owner else "bias"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bntools.absorb import absorb_after
-from bntools.backward import HostFold, NormFold
 from bntools.errors import PlanError, SurgeryError
 from bntools.modules import duplicate, get_module, named_tensors
+from bntools.planning import HostFold, NormFold
 from bntools.recipe import Edit, Recipe, apply_edits, set_tensors
 from bntools.registry import host_rule
 from bntools.report import Reason

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from bntools.backward import BackwardPlanner, NormFold, Outcome
 from bntools.dataflow.graph import Graph
 from bntools.dataflow.layers import norm_layers
 from bntools.dataflow.reach import Refused
 from bntools.errors import PlanError
 from bntools.modules import get_module, named_tensors, unwrap
 from bntools.observing import Observation, observe
+from bntools.planning.deciding import decide
+from bntools.planning.folds import NormFold, Outcome
 from bntools.registry import host_rule
 from bntools.report import Action, Decision, Plan, Reason
 from bntools.selection import Patterns, select
@@ -96,10 +97,10 @@ def compiled_for(plan: Plan, model: nn.Module) -> Compiled:
 
 def _planned(seen: Observation, chosen: frozenset[str], refused: Mapping[str, Refused]) -> Plan:
     forced = dict(refused)
-    outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
+    outcomes = [decide(graph, chosen, forced) for graph in seen.graphs]
     while refusals := _differences(outcomes) or _refused_by_hosts(seen.model, outcomes[0]):
         forced.update(refusals)
-        outcomes = [BackwardPlanner(graph, chosen, forced).run() for graph in seen.graphs]
+        outcomes = [decide(graph, chosen, forced) for graph in seen.graphs]
     decisions, folds = _decisions(seen.graphs[0], outcomes[0])
     inputs = f"{seen.examples}{' (inferred)' if seen.examples.inferred else ''}"
     compiled = Compiled(seen, chosen, folds, _tensor_versions(seen.model))
