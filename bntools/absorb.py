@@ -1,4 +1,4 @@
-"""The arithmetic of a fold: an affine map after a linear layer goes into its weight and bias.
+"""The arithmetic of a fold: an affine map after or before a linear layer goes into its tensors.
 
 Everything is computed in float64 and cast once.
 """
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from bntools.affine import Affine
 
-__all__ = ["SMALLEST_NORMAL", "Absorbed", "OutputLayout", "absorb_after", "overflows"]
+__all__ = [
+    "SMALLEST_NORMAL",
+    "Absorbed",
+    "InputLayout",
+    "OutputLayout",
+    "absorb",
+    "absorb_after",
+    "absorb_before",
+    "overflows",
+    "pad_values",
+]
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 # elements at a time: a float64 block of this size stays in a core's cache
@@ -37,6 +47,27 @@ class OutputLayout:
     def channels(self, weight: Tensor) -> int:
         """The number of output channels of a weight."""
         return weight.shape[self.axis] * self.groups
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """Where the input channels are in a weight.
+
+    `axis` is 1 for convolutions and `F.linear`, 0 for `x @ W` and transposed convolutions. With
+    `groups > 1` input channel `g * W.shape[1] + j` of a convolution is column `j` of the g-th block
+    of rows; of a transposed one every input channel is a row.
+    """
+
+    axis: int = 1
+    groups: int = 1
+
+    def channels(self, weight: Tensor) -> int:
+        """The number of input channels of a weight."""
+        return weight.shape[1] * self.groups if self.axis else weight.shape[0]
+
+    def outputs(self, weight: Tensor) -> int:
+        """The number of output channels of a weight."""
+        return weight.shape[0] if self.axis else weight.shape[1] * self.groups
 
 
 @dataclass(frozen=True)
@@ -63,6 +94,83 @@ def absorb_after(
     like = weight if bias is None else bias
     shifted = _shifted(bias, affine).to(like.device, like.dtype, copy=True)
     return Absorbed(scaled, shifted, flushed + _flush(shifted))
+
+
+def absorb_before(
+    weight: Tensor, bias: Tensor | None, affine: Affine, layout: InputLayout
+) -> Absorbed:
+    """Absorb `linear(affine(x))` into a weight and bias of the same dtype as the weight.
+
+    The new weight is `scale * weight` along the input channels, the new bias `bias` plus the sum
+    over all that an output sees of `weight * shift`; bias stays None where it was None and the
+    shift is zero. Exact where each output sees the whole weight: not beside padding with zeros.
+    """
+    weight = weight.detach()
+    scaled = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    offsets = _scaled_before(weight, scaled, affine, layout)
+    flushed = _flush(scaled)
+    if not weight.is_contiguous():
+        scaled = torch.empty_like(weight).copy_(scaled)
+    if bias is None and not affine.shift.any():
+        return Absorbed(scaled, None, flushed)
+    like = weight if bias is None else bias.detach()
+    total = offsets.to(like.device)
+    if bias is not None:
+        total = total + like.to(torch.float64)
+    moved = total.to(like.dtype, copy=True)
+    return Absorbed(scaled, moved, flushed + _flush(moved))
+
+
+def absorb(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    before: tuple[Affine, InputLayout] | None = None,
+    after: tuple[Affine, OutputLayout] | None = None,
+) -> Absorbed:
+    """Absorb `after(linear(before(x)))`, rounding once."""
+    if before is None:
+        return absorb_after(weight, bias, *after) if after else Absorbed(weight, bias, 0)
+    if after is None:
+        return absorb_before(weight, bias, *before)
+    wide = None if bias is None else bias.detach().to(torch.float64)
+    inner = absorb_before(weight.detach().to(torch.float64), wide, *before)
+    outer = absorb_after(inner.weight, inner.bias, *after)
+    like = weight if bias is None else bias
+    last = None if outer.bias is None else outer.bias.to(like.dtype)
+    return Absorbed(outer.weight.to(weight.dtype), last, inner.flushed + outer.flushed)
+
+
+def pad_values(affine: Affine) -> Tensor:
+    """What a map takes to zero, in float64: `-shift / scale`, and 0 where the shift is zero."""
+    values = -affine.shift / affine.scale
+    return torch.where(affine.shift == 0, torch.zeros_like(values), values)
+
+
+def _scaled_before(weight: Tensor, scaled: Tensor, affine: Affine, layout: InputLayout) -> Tensor:
+    """Fill `scaled`, in blocks of rows, and return what the shift gives for each output."""
+    source, target = _by_group(weight, layout), _by_group(scaled, layout)
+    factors = affine.scale.to(weight.device).reshape(layout.groups, -1)
+    shifts = affine.shift.to(weight.device).reshape(layout.groups, -1)
+    outputs = source.shape[1 if layout.axis else 2]
+    offsets = weight.new_zeros((layout.groups, outputs), dtype=torch.float64)
+    for group, rows in _parts(source):
+        exact = source[group, rows].to(torch.float64)
+        taps = exact.sum(-1)
+        if layout.axis:
+            target[group, rows] = (exact * factors[group].reshape(1, -1, 1)).to(weight.dtype)
+            offsets[group, rows] = taps @ shifts[group]
+        else:
+            own = factors[group, rows].reshape(-1, 1, 1)
+            target[group, rows] = (exact * own).to(weight.dtype)
+            offsets[group] += shifts[group, rows] @ taps
+    return offsets.flatten()
+
+
+def _by_group(weight: Tensor, layout: InputLayout) -> Tensor:
+    """View a weight as (groups, rows, columns, rest)."""
+    rows, columns = weight.shape[0] // layout.groups, weight.shape[1]
+    return weight.reshape(layout.groups, rows, columns, math.prod(weight.shape[2:]))
 
 
 def overflows(weight: Tensor, bias: Tensor | None, affine: Affine, layout: OutputLayout) -> bool:

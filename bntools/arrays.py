@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bntools.archives import holds_arrays, is_archive
 from bntools.errors import DataError
 from bntools.imports import one_line
+from bntools.trust import Refusal, TensorsOnly
+from bntools.unpickling import refused, unpickle
 
 __all__ = ["ArrayFile", "as_images", "as_labels", "read_arrays"]
 
@@ -185,6 +187,8 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except _UnfitError as error:
         raise DataError(f"Cannot use the data {file}: {error}.") from error.__cause__
+    except Refusal as error:
+        raise DataError(f"Cannot read the data {file}: {refused(error)}. {_SAVE}.") from None
     except OSError as error:
         reason = (error.strerror or one_line(error)).lower()
         raise DataError(f"Cannot read the data {file}: {reason}.") from error
@@ -199,9 +203,6 @@ def _explained(file: Path) -> Iterator[None]:
 def _problem(error: Exception) -> str:
     if "Object arrays" in str(error):
         return "it holds Python objects, which are not read"
-    wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-    if wanted:
-        return f"it holds more than tensors and plain values ({wanted[1]})"
     return "it is neither arrays (.npz, .npy, .safetensors) nor tensors of torch.save, or damaged"
 
 
@@ -215,14 +216,16 @@ def _opened(file: Path) -> Iterator[Mapping[str, Any]]:
     if head.startswith(b"\x93NUMPY"):
         # "c": on the disk nothing changes, and torch does not warn of memory that is read-only
         yield {_ONLY: np.load(file, mmap_mode="c", allow_pickle=False)}
-    elif _is_npz(file):
+    elif is_archive(head) and _is_npz(file):
         with np.load(file, allow_pickle=False) as arrays:
             yield _Lazy(list(arrays.files), arrays.__getitem__)
     elif head[8:9] == b"{":
         with _safetensors(file) as tensors:
             yield _Lazy(list(tensors.keys()), tensors.get_tensor)
     else:
-        yield _named(torch.load(file, map_location="cpu", weights_only=True))
+        with file.open("rb") as stream:
+            content, _ = unpickle(stream, TensorsOnly())
+        yield _named(content)
 
 
 class _Lazy(Mapping[str, Any]):
@@ -242,10 +245,8 @@ class _Lazy(Mapping[str, Any]):
 
 
 def _is_npz(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
+    with file.open("rb") as stream:
+        return holds_arrays(stream)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from bntools.errors import ExportError, SaveError
-from bntools.saving import check_writable, sync_folder, write_atomically
+from bntools.writing import check_writable, sync_folder, unfinished, write_atomically
 
 __all__ = ["LARGEST", "Artifact", "check_publishable", "publish", "staged"]
 
@@ -169,13 +167,10 @@ def _external_data(file: Path) -> set[Path]:
 @contextmanager
 def _folder_beside(final: Path) -> Iterator[Path]:
     # On the same file system as the target, so that publishing is a rename.
-    folder = final.parent / f".bntools-{secrets.token_hex(8)}.tmp"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise SaveError(f"Cannot write {final}: {reason}.") from error
-    try:
+    with unfinished(final) as folder:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise SaveError(f"Cannot write {final}: {reason}.") from error
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

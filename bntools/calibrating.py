@@ -22,7 +22,7 @@ from bntools.modules import duplicate, unwrap
 from bntools.moments import Moments, Statistics
 from bntools.report import LayerDrift
 from bntools.report.schema import SCHEMA_VERSION
-from bntools.saving import write_atomically, write_text_atomically
+from bntools.writing import write_atomically, write_text_atomically
 from bntools.selection import Patterns
 from bntools.statistics import layer_drift, tracked_norms
 from bntools.surgery.recalibration import choose, estimate, made, runner

@@ -12,7 +12,7 @@ from bntools.plots.canvas import ENDINGS, rendered
 from bntools.plots.drift import draw_drift
 from bntools.plots.errors import draw_errors
 from bntools.report import DepthReport, Difference, RecalibrationReport
-from bntools.saving import check_writable, write_atomically
+from bntools.writing import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,7 +101,18 @@ def in_float64(model: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")  # scripted modules look at .grad of what is no leaf
         # what .to() does, but that drops imaginary parts
         copied._apply(widen)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    _widen_plain_tensors(copied, widen)
     return copied
+
+
+def _widen_plain_tensors(model: nn.Module, widen: Callable[[Tensor], Tensor]) -> None:
+    """Those that modules keep without registering them, each once."""
+    wide: dict[int, Tensor] = {}
+    for _, module in named_modules(model):
+        plain = {name: t for name, t in module.__dict__.items() if isinstance(t, Tensor)}
+        for name, tensor in plain.items():
+            if not tensor.is_meta:
+                module.__dict__[name] = wide.setdefault(id(tensor), widen(tensor.detach()))
 
 
 def _natively(

@@ -15,8 +15,10 @@ __all__ = [
     "PlanError",
     "RuntimeUnavailableError",
     "SaveError",
+    "ShipError",
     "SurgeryError",
     "TargetError",
+    "UntrustedError",
 ]
 
 
@@ -30,6 +32,14 @@ class ExportError(BNToolsError):
 
 class LoadError(BNToolsError):
     """A file, an architecture name or a checkpoint cannot be loaded."""
+
+
+class UntrustedError(LoadError):
+    """A file wants what only its reader can allow; `options` of the command line would do so."""
+
+    def __init__(self, message: str, options: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.options = options
 
 
 class SaveError(BNToolsError):
@@ -74,3 +84,11 @@ class DistributedError(BNToolsError):
 
 class FitError(BNToolsError):
     """New norm layers cannot be fitted to data; nothing is changed."""
+
+
+class ShipError(BNToolsError):
+    """A step of a shipment cannot be done; `step` is its name, and nothing is written."""
+
+    def __init__(self, message: str, step: str) -> None:
+        super().__init__(message)
+        self.step = step

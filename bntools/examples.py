@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bntools.errors import InputError
 from bntools.modules import floating_tensors, named_modules, preserved
+from bntools.programs.program import Program
 
 __all__ = ["Examples", "candidates", "given", "required"]
 
@@ -24,6 +25,7 @@ _LARGE = 1 << 16
 _FRAMES = {32: 8, 64: 16, 112: 16}
 _CONVS = nn.modules.conv._ConvNd  # noqa: SLF001
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd  # noqa: SLF001
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ def given(example_inputs: Any) -> Examples:
 
 def candidates(model: nn.Module) -> Iterator[Examples]:
     """Inputs that a model may take, the likeliest first; the caller tries them."""
+    if isinstance(model, Program):
+        args, kwargs = model.examples()
+        yield Examples(args, kwargs, inferred=True)
+        return
     generator = torch.Generator().manual_seed(0)
     like = next(floating_tensors(model), torch.zeros(1, device="cpu"))
     for shape, dtype in _shapes(model):
@@ -178,10 +184,30 @@ def _sizes(model: nn.Module, layer: nn.Module, rank: int) -> Sequence[int]:
 
 def _first_registered(model: nn.Module) -> tuple[nn.Module, int] | None:
     for _, module in named_modules(model):
-        channels = _expected(module)
+        layer = _uncompiled(module)
+        channels = _expected(layer)
         if channels:
-            return module, channels
+            return layer, channels
     return None
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """A layer of the class that a TorchScript module was compiled from, as far as shapes tell."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return module
+    cls: Any = getattr(nn, str(getattr(module, "original_name", "")), nn.Identity)
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or not isinstance(cls, type) or weight.dim() == 0:
+        return module
+    if issubclass(cls, _BATCH_NORMS):
+        return cls(weight.shape[0], device="meta")
+    if issubclass(cls, (nn.Linear, nn.Embedding)) and weight.dim() == 2:
+        return cls(weight.shape[1], weight.shape[0], device="meta")
+    if issubclass(cls, _CONVS) and weight.dim() > 2:
+        ins, outs = (0, 1) if issubclass(cls, _TRANSPOSED) else (1, 0)
+        build: Any = cls
+        return build(weight.shape[ins], weight.shape[outs], tuple(weight.shape[2:]), device="meta")  # type: ignore[no-any-return] # one of nn's
+    return module
 
 
 def _expected(module: nn.Module) -> int:

@@ -89,6 +89,8 @@ def _nan_or_inf(facts: NormFacts) -> Verdict:
         return Severity.ERROR, f"values are NaN or infinite: {', '.join(parts)}"
     if facts.affine is None or facts.affine.is_finite() or _negative(facts):
         return None
+    if facts.health.affine:
+        return Severity.ERROR, "its constants give a NaN or infinite scale or shift"
     return Severity.ERROR, "its statistics are finite, but give a NaN or infinite scale or shift"
 
 

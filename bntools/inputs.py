@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bntools.archives import holds_arrays, is_archive
 from bntools.errors import InputError
 from bntools.examples import Examples, given
 from bntools.modules import floating_tensors
+from bntools.trust import Refusal, TensorsOnly
+from bntools.unpickling import refused, unpickle
 
 __all__ = ["read_inputs", "shaped_inputs"]
 
@@ -141,6 +143,8 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"Cannot read the inputs {file}: {error}.") from error.__cause__
+    except Refusal as error:
+        raise InputError(f"Cannot read the inputs {file}: {refused(error)}. {_ADVICE}.") from None
     except OSError as error:
         raise InputError(
             f"Cannot read the inputs {file}: {(error.strerror or str(error)).lower()}."
@@ -152,9 +156,6 @@ def _explained(file: Path) -> Iterator[None]:
 def _problem(error: Exception) -> str:
     if "Object arrays" in str(error):
         return "it holds Python objects, which are not read"
-    wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-    if wanted:
-        return f"it holds more than tensors and plain values ({wanted[1]})"
     return "it is neither arrays (.npz, .npy) nor tensors of torch.save, or it is damaged"
 
 
@@ -164,13 +165,11 @@ def _read(file: Path) -> Examples:
     if not head:
         raise InputError(f"it is empty. {_ADVICE}")
     if head.startswith(b"\x93NUMPY"):
-        return Examples((_tensor("the array", np.load(file, allow_pickle=False)),))
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            arrays = any(name.endswith(".npy") for name in archive.namelist())
-        if arrays:
+        return Examples((_tensor("the array", np.load(file, mmap_mode="c", allow_pickle=False)),))
+    with file.open("rb") as stream:
+        if is_archive(head) and holds_arrays(stream):
             return _from_arrays(file)
-    content = torch.load(file, map_location="cpu", weights_only=True)
+        content, _ = unpickle(stream, TensorsOnly())
     if not isinstance(content, (Tensor, tuple, list, dict)):
         raise InputError(f"it holds a {type(content).__name__}. {_ADVICE}")
     return given(content)

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bntools.absorb import absorb_after
 from bntools.affine import Affine
 from bntools.dataflow.graph import Kind
-from bntools.dataflow.layers import BatchNorm, norm_layers
+from bntools.dataflow.layers import BatchNorm, may_have_chains, norm_layers
 from bntools.errors import BNToolsError
 from bntools.examples import Examples, given
 from bntools.health import NormFacts, findings
 from bntools.modules import named_modules, unwrap
-from bntools.planning import HostFold, compiled_of, plan_fold
+from bntools.planning import Absorption, absorptions, compiled_of, plan_fold
 from bntools.report import Decision, Inspection, LayerHealth, Plan, Range, Reason
 
 __all__ = ["inspect"]
@@ -45,6 +44,8 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     GroupNorm and the like), and instance norms with running statistics. `frozen` layers have
     statistics that no forward changes, also in training mode: FrozenBatchNorm2d and its like, and
     layers with momentum 0 (which, in training mode, normalise with batch statistics all the same).
+
+    Arithmetic with constants (LayerScale, a batch norm by hand) is listed, with `affine` set.
 
     The codes of the findings; "half" is half of a layer's channels or more:
 
@@ -73,19 +74,36 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     source = _bare(model)
     modules = dict(named_modules(source))
     norms = {layer.path: layer.kind for layer in norm_layers(source)}
-    plan, warnings = _plan(source, examples) if norms else (None, ())
-    seen = _Seen(source.training, plan is not None)
-    if plan is not None:
-        seen.add(plan)
-    ordered = dict.fromkeys(path for path in (*seen.decisions, *norms) if path in norms)
-    facts = [_facts(modules[path], path, norms[path], seen) for path in ordered]
-    facts += [_uncounted(modules[path], path, seen) for path in _uncounted_paths(modules, norms)]
+    plan, warnings = _plan(source, examples) if norms or may_have_chains(source) else (None, ())
+    if not norms and (plan is None or not plan.decisions):
+        plan, warnings = None, ()
+    facts = tuple(_all_facts(source, plan, modules, norms))
     return Inspection(
         tuple(f.health for f in facts),
         findings(facts, training=source.training),
         inputs=plan.inputs if plan is not None else "",
         warnings=warnings,
+        plan=plan,
     )
+
+
+def _all_facts(
+    model: nn.Module,
+    plan: Plan | None,
+    modules: Mapping[str, nn.Module],
+    norms: Mapping[str, str],
+) -> Iterator[NormFacts]:
+    """In execution order, and behind it what no plan has."""
+    seen = _Seen(model.training, plan is not None)
+    if plan is not None:
+        seen.add(plan)
+    for path in dict.fromkeys((*seen.decisions, *norms)):
+        if path in norms:
+            yield _facts(modules[path], path, norms[path], seen)
+        else:
+            yield _affine_facts(seen.decisions[path], seen)
+    for path in _uncounted_paths(modules, norms):
+        yield _uncounted(modules[path], path, seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,30 +129,23 @@ class _Seen:
         for node in graph.of_kind(Kind.AFFINE):
             if isinstance(node.norm.affine, Affine):
                 self.affines[node.norm.owner] = node.norm.affine
-        absorbed: dict[str, tuple[str, HostFold]] = {}
+        last: dict[str, str] = {}
         for fold in compiled.folds:
-            first = [host for host in fold.hosts if host.weight not in absorbed]
-            own = [host for host in first if host.bias is not None and not host.gains_bias]
+            after = [host for host in fold.hosts if not host.before]
+            own = [h for h in after if h.weight not in last and h.bias and not h.gains_bias]
             self.biased[fold.layer.path] = tuple(host.path for host in own)
-            for host in fold.hosts:
-                before = absorbed.get(host.weight)
-                whole = host if before is None else _composed(before[1], host)
-                absorbed[host.weight] = fold.layer.path, whole
-        for path, host in absorbed.values():
-            self.flushed[path] += _flushed(host, graph.tensors)
+            last.update({host.weight: fold.layer.path for host in fold.hosts})
+        for weight, absorption in absorptions(compiled.folds).items():
+            self.flushed[last[weight]] += _flushed(absorption, graph.tensors)
 
 
-def _composed(before: HostFold, host: HostFold) -> HostFold:
-    """What a host absorbs by two norms, one after the other."""
-    return replace(host, affine=before.affine.then(host.affine), bias=host.bias or before.bias)
-
-
-def _flushed(host: HostFold, tensors: Mapping[str, Tensor]) -> int:
+def _flushed(absorption: Absorption, tensors: Mapping[str, Tensor]) -> int:
+    host = absorption.host
     if host.registered:
         return 0
     bias = tensors.get(host.bias) if host.bias is not None else None
     with torch.no_grad():
-        return absorb_after(tensors[host.weight], bias, host.affine, host.layout).flushed
+        return absorption.absorbed(tensors[host.weight], bias).flushed
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -195,6 +206,15 @@ def _facts(module: nn.Module, path: str, kind: str, seen: _Seen) -> NormFacts:
         biased=seen.biased.get(path, ()),
         flushed=seen.flushed[path],
     )
+
+
+def _affine_facts(decision: Decision, seen: _Seen) -> NormFacts:
+    """An affine that is no norm layer: its scale is shown as a gamma."""
+    found = seen.affines.get(decision.path)
+    health = LayerHealth(decision.path, decision.kind, decision=decision, affine=True)
+    if found is not None:
+        health = replace(health, channels=found.channels, gamma=_range(found.scale))
+    return NormFacts(health, affine=found, flushed=seen.flushed[decision.path])
 
 
 def _health(module: nn.Module, path: str, kind: str, values: dict[str, Tensor]) -> LayerHealth:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, is_lazy
 from bntools.errors import PlanError, SurgeryError
 
 __all__ = [
+    "bad_name",
     "duplicate",
     "floating_tensors",
     "get_module",
@@ -32,6 +34,7 @@ __all__ = [
 _Snapshot = tuple[dict[str, Any], list[Any], list[Any], list[tuple[Any, str, Any]]]
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 _SIMPLE = frozenset({bool, int, float, str, type(None)})
+_QUOTED = re.compile(r"[\x00-\x1f\x7f-\x9f.\"'\\\u2028\u2029]")
 _CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, Counter, deque})
 
 
@@ -51,6 +54,17 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in reversed(list(module._modules.items())):
             if child is not None:
                 stack.append((f"{path}.{name}" if path else name, child))
+
+
+def bad_name(module: nn.Module) -> str | None:
+    """The name of a child, parameter or buffer that could change the code in which it is written.
+
+    torch.fx puts names between quotes into the source that it generates, as they are. None where
+    all names are as `add_module` and others take them, without quotes and control characters.
+    """
+    tables = (module._parameters, module._buffers, module._modules)
+    names = (name for table in tables for name in table)
+    return next((name for name in names if not name or _QUOTED.search(name)), None)
 
 
 def _made_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -134,7 +148,9 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DataParallel, DistributedDataParallel and `torch.compile` wrappers."""
     if not isinstance(model, nn.Module):
-        raise PlanError(f"Cannot use a {type(model).__name__} as a model: give an nn.Module.")
+        kind = type(model).__name__
+        made = "bntools.from_exported(program)" if kind == "ExportedProgram" else "an nn.Module"
+        raise PlanError(f"Cannot use a {kind} as a model: give {made}.")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

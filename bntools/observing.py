@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bntools.dataflow.chains import agreed_layers
 from bntools.dataflow.graph import Graph, Kind, Node
 from bntools.dataflow.guard import unwritten
 from bntools.dataflow.reach import bias_beside
@@ -67,6 +68,8 @@ def observe(model: nn.Module, example_inputs: Any = None) -> Observation:
         )
     ready, graph, examples = _first(source, example_inputs)
     again, second = _second(ready, graph, examples)
+    again.lent = frozenset(_missing_biases(graph))
+    graph.layers, again.layers = agreed_layers(graph.layers, again.layers)
     warnings = tuple(_warnings(source, graph))
     return Observation(source, ready, examples, second, (graph, again), warnings)
 

@@ -13,29 +13,30 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import IO, Any
 
-import torch
-
 from bntools.norms.frozen import frozen_class
-from bntools.trust import (
-    DICT,
-    DOTTED,
-    LIST,
-    REBUILD,
+from bntools.pickled_tensors import repeated_bytes, stored
+from bntools.placeholders import (
     SHARED,
-    UNKNOWN,
-    AllowList,
     Global,
-    Grant,
-    Leftover,
-    Refusal,
+    Listed,
+    Made,
     Sequenced,
-    is_standard,
+    Table,
+    is_special,
 )
+from bntools.trust import REBUILD, AllowList, Grant, Leftover, Refusal
+from bntools.wanted import refusal
 
-__all__ = ["Examined", "container_class", "examine"]
+__all__ = ["LARGEST_PICKLE", "Examined", "container_class", "examine", "too_long"]
+
+LARGEST_PICKLE = 2**26
 
 _MAX_TUPLE_DEPTH = 100
+_WITH_STATE = {"torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter_with_state"}
 _MAX_TUPLE_WEIGHT = 1_000_000
+_MOST_STEPS = 3_000_000
+_LONGEST_NAME = 10_000
+_TRUST = "if you made it, add --trust, which runs whatever is in it"
 
 
 def container_class(_kind: str, cls: type, _file: str, _source: str) -> type:
@@ -52,13 +53,15 @@ class Examined:
 
     `grants` are (object, name) pairs for `torch.serialization.safe_globals`; `storages` says how
     many bytes each tensor storage claims; `edits` are the (start, position) pairs of persistent
-    ids that name a class, which `rewritten` turns into what torch can read.
+    ids that name a class, which `rewritten` turns into what torch can read; `repeated` is how many
+    bytes tensors show again and again.
     """
 
     grants: list[Callable[..., Any] | tuple[Any, str]] = field(default_factory=list)
     storages: dict[str, int] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
     edits: list[tuple[int, int]] = field(default_factory=list)
+    repeated: int = 0
 
     def rewritten(self, data: bytes) -> bytes:
         """The bytes of a file with its class ids (from before torch 1.6) made plain."""
@@ -78,9 +81,44 @@ def examine(stream: IO[bytes], allowed: AllowList) -> Examined:
     Raises Refusal for what may not be; ValueError, KeyError or IndexError for a broken pickle.
     """
     scan = _Scan(allowed)
-    for opcode, argument, position in pickletools.genops(stream):
+    bounded: Any = _Bounded(stream)
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(bounded)):
+        if count > _MOST_STEPS:
+            raise Refusal(
+                f"its pickle has over {_MOST_STEPS:,} instructions: no network needs them"
+            )
         scan.step(opcode.name, argument, position or 0)
     return scan.finish()
+
+
+class _Bounded:
+    """A stream of which no more is read than a pickle may be long."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.end = stream.tell() + LARGEST_PICKLE
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def read(self, count: int) -> bytes:
+        if count > self.end - self.stream.tell():
+            raise Refusal(too_long())
+        return self.stream.read(count)
+
+    def readline(self) -> bytes:
+        line = self.stream.readline(_LONGEST_NAME)
+        if len(line) == _LONGEST_NAME:
+            raise Refusal("its pickle has a name beyond any sensible length")
+        return line
+
+
+def too_long() -> str:
+    """What is said about a pickle that is too long to be followed."""
+    return (
+        f"its pickle is over {LARGEST_PICKLE >> 20} MiB long without the tensors: no network needs"
+        " that"
+    )
 
 
 _CONSTANTS = {
@@ -88,9 +126,11 @@ _CONSTANTS = {
     "NEWTRUE": True,
     "NEWFALSE": False,
     "BINFLOAT": 0.0,
-    "EMPTY_DICT": DICT,
-    "EMPTY_LIST": LIST,
-    "EMPTY_SET": UNKNOWN,
+}
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": Table,
+    "EMPTY_LIST": Listed,
+    "EMPTY_SET": Made,
 }
 _LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"})
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -129,6 +169,8 @@ class _Scan:
             self.stack.append(self.memo[argument])
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self.stack.append(_EMPTY[name]())
         elif name in self.special:
             self.special[name](argument, position)
         else:
@@ -150,7 +192,7 @@ class _Scan:
         if self.examined.edits:
             self.examined.grants.append((container_class, _CONTAINER))
         if unknown or self.forbidden:
-            raise Refusal(_refusal(unknown, self.forbidden))
+            raise refusal(unknown, self.forbidden)
         self._grant_rebuilt()
         return self.examined
 
@@ -171,21 +213,26 @@ class _Scan:
             count = _TUPLES[name]
             self._push_tuple(self._pop(count), position)
         elif name in _CONSUMED:
-            self._mention(self._pop(_CONSUMED[name]))
-            self._top()
+            self._put(self._pop(_CONSUMED[name]))
         elif name in ("TUPLE", "APPENDS", "SETITEMS"):
             items = self.stack
             self.stack, start = self.marks.pop()
             if name == "TUPLE":
                 self._push_tuple(items, start)
             else:
-                self._mention(items)
-                self._top()
+                self._put(items)
         else:
             raise Refusal(
                 f"its pickle has the instruction {name}, which torch.save's default protocol 2 "
-                "does not write. Save it again with torch.save(model, path)"
+                f"does not write. Save it again with torch.save(model, path); or {_TRUST}"
             )
+
+    def _put(self, items: list[Any]) -> None:
+        """Put what was taken from the stack into the list or dict that is now on top."""
+        self._mention(items)
+        container = self._top()
+        if isinstance(container, (Listed, Table)):
+            container.add(tuple(items))
 
     def _top(self) -> Any:
         return self.stack[-1]
@@ -224,7 +271,7 @@ class _Scan:
         if argument != 2:
             raise Refusal(
                 f"it was written with pickle protocol {argument}. Save it again with the default: "
-                "torch.save(model, path)"
+                f"torch.save(model, path); or {_TRUST}"
             )
 
     def _stop(self, _: Any, __: int) -> None:
@@ -243,7 +290,7 @@ class _Scan:
 
     def _reduce(self, _: Any, __: int) -> None:
         function, arguments = self._pop(2)
-        self.stack.append(UNKNOWN)
+        self.stack.append(Made())
         if not isinstance(function, Global) or not isinstance(arguments, Sequenced):
             self.forbidden.append("it calls something that it has computed")
             return
@@ -251,19 +298,28 @@ class _Scan:
         self._mention([arguments])
         if grant is None:
             return
+        self.stack[-1] = Made(function.name)
         if grant.call is None or not grant.call(arguments.items):
             self.forbidden.append(f"it calls {function.name}")
         elif function.name == REBUILD:
             self.rebuilt.add(arguments.items[0].name)
+        else:
+            self._check_tensor(function.name, arguments.items)
         if isinstance(grant.target, type) and issubclass(grant.target, Enum):
             self.stack[-1] = SHARED
 
+    def _check_tensor(self, function: str, arguments: tuple[Any, ...]) -> None:
+        self.examined.repeated += repeated_bytes(function, arguments)
+        if function in _WITH_STATE:
+            self._check_attributes(arguments[-1])
+
     def _newobj(self, _: Any, __: int) -> None:
         cls, arguments = self._pop(2)
-        self.stack.append(UNKNOWN)
+        self.stack.append(Made())
         if not isinstance(cls, Global) or not isinstance(arguments, Sequenced):
             self.forbidden.append("it creates something that it has computed")
             return
+        self.stack[-1] = Made(cls.name)
         grant = self._use(cls, "create")
         self._mention([arguments])
         if grant is None:
@@ -274,10 +330,34 @@ class _Scan:
     def _build(self, _: Any, __: int) -> None:
         state = self._pop(1)
         self._mention(state)
-        if self._top() is SHARED:
+        made = self._top()
+        if made is SHARED:
             self.forbidden.append("it changes a constant of a library")
-        if state[0] is UNKNOWN:
+        elif isinstance(made, Made):
+            if made.has_state:
+                self.forbidden.append(f"it sets the state of a {made.origin} twice")
+            made.has_state = True
+            self._check_state(made.origin, state[0])
+
+    def _check_state(self, origin: str, state: Any) -> None:
+        if isinstance(state, Made):
             self.forbidden.append("it sets a state that it has computed")
+            return
+        grant = self.allowed.grant(origin) if origin else None
+        if grant is None or (origin in self.allowed.allow and not grant.module):
+            return
+        if (grant.module or origin == REBUILD) and not isinstance(state, Table):
+            self.forbidden.append(f"it sets the state of a {origin} to something else than a dict")
+        elif grant.state is not None and not grant.state(state.entries):
+            self.forbidden.append(f"it gives a {origin} more layers than any network has")
+        self._check_attributes(state)
+
+    def _check_attributes(self, state: Any) -> None:
+        """No attribute may take the place of what Python looks up, such as __setstate__."""
+        for part in state.items if isinstance(state, Sequenced) else (state,):
+            name = is_special(part.entries) if isinstance(part, Table) else None
+            if name is not None:
+                self.forbidden.append(f"it sets the attribute {name}")
 
     def _persistent(self, _: Any, position: int) -> None:
         (identity,) = self._pop(1)
@@ -286,42 +366,8 @@ class _Scan:
             self.examined.edits.append((identity.start, position))
             self.stack.append(items[1])
             return
-        self.stack.append(UNKNOWN)
         if len(items) < 5 or items[0] != "storage" or not isinstance(items[1], Global):
             raise Refusal("it has a persistent id that is no tensor storage")
-        _, kind, key, _, count = items[:5]
-        if not isinstance(key, str) or not isinstance(count, int) or count < 0:
-            raise Refusal("it has a tensor storage without a valid size")
-        claimed = count * _item_size(kind.name)
+        key, claimed, found = stored(items[1].name, items)
+        self.stack.append(found)
         self.examined.storages[key] = max(claimed, self.examined.storages.get(key, 0))
-
-
-def _item_size(storage: str) -> int:
-    dtype = getattr(getattr(torch, storage.rpartition(".")[2], None), "dtype", None)
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 1
-
-
-def _refusal(unknown: dict[str, set[str]], forbidden: list[str]) -> str:
-    hostile = [n for n, uses in unknown.items() if not _can_be_allowed(n, uses)]
-    if hostile or forbidden:
-        asks = [f"it asks for {', '.join(sorted(hostile))}"] if hostile else []
-        return (
-            f"{'; '.join([*asks, *dict.fromkeys(forbidden)])}, which can run any code, and was not "
-            "run. If you made the file, save model.state_dict() instead and load it with --arch; "
-            "if not, do not use it"
-        )
-    names = sorted(unknown)
-    options = [n.replace("__main__.", "MODULE.") for n in names]
-    script = " (MODULE is the importable file that defines it)" if options != names else ""
-    return (
-        f"it holds objects of classes that bntools does not know: {', '.join(names)}. If you trust "
-        f"the file, add {' '.join(f'--allow {n}' for n in options)}{script}; "
-        f"in Python allow=({', '.join(repr(n) for n in options)},)"
-    )
-
-
-def _can_be_allowed(name: str, uses: set[str]) -> bool:
-    # Only names are offered for pasting into a shell; and what is only called is a function,
-    # unless it looks like a class.
-    looks_like_a_class = uses != {"call"} or name.rpartition(".")[2][:1].isupper()
-    return bool(DOTTED.fullmatch(name)) and looks_like_a_class and not is_standard(name)

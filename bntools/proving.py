@@ -16,9 +16,9 @@ from bntools.measuring import pooled
 from bntools.planning import NormFold
 from bntools.report import Equivalence, OutputError
 from bntools.surgery.folding import Folded, fold_copy, fold_in_place
-from bntools.tolerance import float64_limit, relative_error
+from bntools.tolerance import FLOAT64_LIMIT, float64_limit, relative_error
 
-__all__ = ["Proof", "Prover"]
+__all__ = ["Proof", "Prover", "watched"]
 
 _DRAWS = 8
 
@@ -27,7 +27,8 @@ _DRAWS = 8
 class Proof:
     """The outcome of one check: in the model's dtype, and in float64 where the model runs in it.
 
-    `layers` has both errors of what each folded norm layer gives, on a sample of its values.
+    `layers` has both errors of what each folded norm layer gives, on a sample of its values; of one
+    that folds forward, of what its hosts give.
     """
 
     native: Equivalence
@@ -50,7 +51,8 @@ class Prover:
     """Checks folds of one model on one set of inputs; the truth is found once.
 
     Where the model's outputs say nothing (all are empty or NaN), the outputs of the folded norm
-    layers are compared instead.
+    layers are compared instead, of those that fold forward the outputs of their hosts. `watch` are
+    the layers whose outputs are sampled: see `watched`.
     """
 
     def __init__(self, model: nn.Module, examples: Examples, watch: Sequence[str]) -> None:
@@ -62,9 +64,15 @@ class Prover:
         self.by_layer = not any(_says_something(t) for t in truth.exact.values())
         self.truth = replace(self._of_layers(truth) if self.by_layer else truth, double=None)
 
-    def check(self, folds: Sequence[NormFold], folded: Folded) -> Proof:
-        """Compare a folded copy, and the same folds made in float64, with the truth."""
-        exact, exact_layers = self._in_float64(folds) if self.truth.is_float64 else (None, {})
+    def check(
+        self, folds: Sequence[NormFold], folded: Folded, *, double: nn.Module | None = None
+    ) -> Proof:
+        """Compare a folded copy, and the same folds made in float64, with the truth.
+
+        `double` is the float64 copy where more was done to `folded` than these folds.
+        """
+        wide = self.truth.is_float64
+        exact, exact_layers = self._in_float64(folds, double) if wide else (None, {})
         if exact is not None and not exact and self._rounds():
             # its float64 copy rounds to a smaller dtype on its way: there is no float64 truth
             own = {name: self.truth.native[name] for name in self.truth.exact}
@@ -74,7 +82,11 @@ class Prover:
             outputs, layers = run(folded.model, self.examples, watch=self.watch)
         if shared:
             return Proof(self.nothing(f"the copy still uses the original's {shared[0]}"), exact)
-        native = compare(self.truth, self._judged(outputs, layers), inputs=str(self.examples))
+        truth = self._truth(folds)
+        # a model in float64 is its own truth, and shows no rounding of its own to judge by
+        allowed = FLOAT64_LIMIT if truth.coarsest == torch.float64 else None
+        judged = self._judged(truth, outputs, layers)
+        native = compare(truth, judged, inputs=str(self.examples), allowed=allowed)
         if not native and exact and not self.by_layer:
             native = self._on_more_inputs(native, folded)
         return Proof(native, exact, self._layer_errors(folds, exact_layers, layers))
@@ -103,13 +115,16 @@ class Prover:
         without = self._failure(())
         if without:
             return {fold.layer.path: without for fold in folds}
-        good, bad = 0, len(folds)
+        # a fold may need those before it: backward in execution order, forward in their turn
+        onward = sorted((fold for fold in folds if fold.forward), key=lambda fold: fold.turn)
+        ordered = [*(fold for fold in folds if not fold.forward), *onward]
+        good, bad = 0, len(ordered)
         while bad - good > 1:
             middle = (good + bad) // 2
-            failure = self._failure(folds[:middle])
+            failure = self._failure(ordered[:middle])
             good, bad = (good, middle) if failure else (middle, bad)
-        why = self._failure(folds[:bad]) or "it fails together with others only"
-        return {folds[bad - 1].layer.path: why}
+        why = self._failure(ordered[:bad]) or "it fails together with others only"
+        return {ordered[bad - 1].layer.path: why}
 
     def nothing(self, why: str = "no output") -> Equivalence:
         """The judgement of a folded model that gives no output of its own."""
@@ -133,22 +148,32 @@ class Prover:
             run(in_float64(self.model), self.examples.cast(torch.float64, "cpu"))
         return bool(casts)
 
-    def _in_float64(self, folds: Sequence[NormFold]) -> tuple[Equivalence, Outputs]:
+    def _in_float64(
+        self, folds: Sequence[NormFold], made: nn.Module | None
+    ) -> tuple[Equivalence, Outputs]:
         double, self.double = self.double, None
-        if double is None:
-            double = in_float64(self.model)
-        double = fold_in_place(double, folds)
+        if made is None:
+            made = fold_in_place(in_float64(self.model) if double is None else double, folds)
         examples = self.examples.cast(torch.float64, "cpu")
-        outputs, layers = run(double, examples, watch=self.watch)
-        noise = (o.reference_error for o in compare(self.truth, self.truth.exact).outputs)
-        allowed = float64_limit(max(noise, default=0.0), self.truth.coarsest)
-        judged = self._judged(outputs, layers)
-        return compare(self.truth, judged, inputs=str(self.examples), allowed=allowed), layers
+        outputs, layers = run(made, examples, watch=self.watch)
+        truth = self._truth(folds)
+        noise = (o.reference_error for o in compare(truth, truth.exact).outputs)
+        allowed = float64_limit(max(noise, default=0.0), truth.coarsest)
+        judged = self._judged(truth, outputs, layers)
+        return compare(truth, judged, inputs=str(self.examples), allowed=allowed), layers
 
-    def _judged(self, outputs: Outputs, layers: Outputs) -> Outputs:
+    def _truth(self, folds: Sequence[NormFold]) -> Truth:
+        """The truth, of layers only those that give the same with these folds as without."""
+        if not self.by_layer:
+            return self.truth
+        other = _changed(folds)
+        exact = {path: t for path, t in self.truth.exact.items() if path not in other}
+        return replace(self.truth, exact=exact)
+
+    def _judged(self, truth: Truth, outputs: Outputs, layers: Outputs) -> Outputs:
         if not self.by_layer:
             return outputs
-        return {path: t for path, t in layers.items() if path in self.truth.exact}
+        return {path: t for path, t in layers.items() if path in truth.exact}
 
     def _of_layers(self, truth: Truth) -> Truth:
         sound = {path: t for path, t in truth.layers.items() if _says_something(t)}
@@ -162,15 +187,46 @@ class Prover:
     def _layer_errors(
         self, folds: Sequence[NormFold], exact: Outputs, native: Outputs
     ) -> dict[str, tuple[float | None, float]]:
-        paths = [f.layer.path for f in folds if f.layer.path in self.truth.layers]
-        return {
-            path: (
-                relative_error(exact[path], self.truth.layers[path]) if path in exact else None,
-                relative_error(native[path], self.truth.layers[path]),
-            )
-            for path in paths
-            if path in native and native[path].shape == self.truth.layers[path].shape
-        }
+        truth = self.truth.layers
+        found: dict[str, tuple[float | None, float]] = {}
+        for norm, paths in _told_by(folds).items():
+            told = [p for p in paths if p in native and p in truth]
+            if not told or any(native[p].shape != truth[p].shape for p in told):
+                continue
+            wide = [relative_error(exact[p], truth[p]) for p in told if p in exact]
+            own = max(relative_error(native[p], truth[p]) for p in told)
+            found[norm] = max(wide, default=None), own
+        return found
+
+
+def watched(folds: Sequence[NormFold]) -> list[str]:
+    """The layers whose outputs a check of folds, or of some of them, compares."""
+    hosts = [host.path for fold in folds if fold.forward for host in fold.hosts]
+    return list(dict.fromkeys([*(fold.layer.path for fold in folds), *hosts]))
+
+
+def _told_by(folds: Sequence[NormFold]) -> dict[str, tuple[str, ...]]:
+    """For each norm layer the layers whose outputs tell what its fold did.
+
+    Its own, or where it folds forward those of its hosts; where a host absorbs what comes after it
+    as well, its own output is another, and that of the last such norm tells.
+    """
+    last: dict[str, str] = {}
+    for fold in sorted(folds, key=lambda each: each.turn):
+        if not fold.forward:
+            last.update({host.path: fold.layer.path for host in fold.hosts})
+    return {
+        fold.layer.path: tuple(dict.fromkeys(last.get(h.path, h.path) for h in fold.hosts))
+        if fold.forward
+        else (fold.layer.path,)
+        for fold in folds
+    }
+
+
+def _changed(folds: Sequence[NormFold]) -> set[str]:
+    """The layers that give something else once these folds are made."""
+    before = {fold.layer.path for fold in folds if fold.forward}
+    return before | {host.path for fold in folds if not fold.forward for host in fold.hosts}
 
 
 def _says_something(tensor: Tensor) -> bool:

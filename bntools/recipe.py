@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,17 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bntools.errors import LoadError, SurgeryError
+from bntools.errors import BNToolsError, LoadError, SurgeryError
 from bntools.modules import get_module, replace_modules
 from bntools.naming import ToFactory, target_from_dict
 from bntools.norms.conversion import CHANGES
 from bntools.registry import norm_rule
-from bntools.rewriting import remove_activation_after
+from bntools.rewriting import MERGES, remove_activation_after
+from bntools.statistics import add_statistics
 
-__all__ = ["RECIPE_VERSION", "Edit", "Recipe", "apply_edits", "mark", "recipe_of", "set_tensors"]
+__all__ = [
+    "RECIPE_VERSION",
+    "Edit",
+    "Recipe",
+    "apply_edits",
+    "architecture_of",
+    "mark",
+    "mark_architecture",
+    "recipe_of",
+    "set_tensors",
+]
 
 RECIPE_VERSION = 1
 _KEY = "bntools_recipe"
+_ARCH = "bntools_arch"
+# Recipes come out of files that nobody vouches for.
+_MOST_EDITS = 100_000
+_LONGEST = 1_000
+_MOST_CHANNELS = 2**63 - 1
+_MOST_VALUES = 10_000
+
+
+_Factory = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -30,9 +51,10 @@ class Edit:
     "drop-norm" (the norm at `path` becomes its remainder: an Identity, or its drop and activation),
     "replace-norm" (the norm becomes what the option `target` builds), "remove-activation" (the
     module at `path` becomes an Identity or, with the option `after`, its forward loses the
-    activation after that submodule), "freeze", "unfreeze" and "unsync" (of `bntools.norms`), or
-    "add-statistics" (a norm without running statistics gets them). `options` are JSON values by
-    name.
+    activation after that submodule), "merge-branches" and "merge-linear" (of `bntools.rewriting`:
+    one layer stands for several), "freeze", "unfreeze", "unsync" and "pad-channels" (of
+    `bntools.norms`), or "add-statistics" (a norm without running statistics gets them). `options`
+    are JSON values by name.
     """
 
     kind: str
@@ -46,10 +68,39 @@ class Edit:
         return data if self.channels is None else {**data, "channels": self.channels}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Edit:
-        """Read JSON data."""
+    def from_dict(cls, data: Any) -> Edit:
+        """Read JSON data. Raises ValueError, which says what is wrong with it."""
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise ValueError(f"an edit is a {type(data).__name__}")
+        kind, path, channels = data.get("edit"), data.get("path"), data.get("channels")
+        for name, value in (("edit", kind), ("path", path)):
+            if not isinstance(value, str) or len(value) > _LONGEST:
+                raise ValueError(f"{name!r} is no short string")
+        whole = type(channels) is int and 0 < channels <= _MOST_CHANNELS
+        if channels is not None and not whole:
+            raise ValueError(f"the channels of {kind} are no count")
         options = {k: v for k, v in data.items() if k not in ("edit", "path", "channels")}
-        return cls(str(data["edit"]), str(data["path"]), data.get("channels"), options)
+        if _values(options) > _MOST_VALUES:
+            raise ValueError(f"the options of {kind} are beyond any sensible size")
+        return cls(str(kind), str(path), channels, options)
+
+
+def _values(value: Any, depth: int = 0) -> int:
+    """How many values there are in JSON data; raises ValueError for what is none."""
+    if depth > 8:
+        raise ValueError("its options nest too deep")
+    if isinstance(value, dict):
+        keys = sum(_values(key, depth + 1) for key in value)
+        return keys + sum(_values(item, depth + 1) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return 1 + sum(_values(item, depth + 1) for item in value)
+    if isinstance(value, str) and len(value) <= _LONGEST:
+        return 1
+    if value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 2**63):
+        return 1
+    if isinstance(value, float) and math.isfinite(value):
+        return 1
+    raise ValueError(f"an option is a {type(value).__name__} that no recipe has")
 
 
 @dataclass(frozen=True)
@@ -65,13 +116,15 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
         """Read JSON data; raises `LoadError` for data of another version or shape."""
-        if not isinstance(data, dict) or data.get("version") != RECIPE_VERSION:
+        if not isinstance(data, Mapping) or data.get("version") != RECIPE_VERSION:
             raise LoadError("Cannot read a recipe of another version. Upgrade bntools.")
+        edits = data.get("edits")
+        if not isinstance(edits, (list, tuple)) or len(edits) > _MOST_EDITS:
+            raise LoadError("Cannot read a damaged recipe: it has no list of edits.")
         try:
-            edits = [Edit.from_dict(edit) for edit in data["edits"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"Cannot read a damaged recipe: {error!r}.") from error
-        return cls(tuple(edits))
+            return cls(tuple(Edit.from_dict(edit) for edit in edits))
+        except ValueError as error:
+            raise LoadError(f"Cannot read a damaged recipe: {error}.") from error
 
     def then(self, after: Recipe) -> Recipe:
         """This recipe followed by another one."""
@@ -89,6 +142,17 @@ def mark(model: nn.Module, recipe: Recipe) -> None:
     model.__dict__[_KEY] = recipe.to_dict()
 
 
+def architecture_of(model: nn.Module) -> str | None:
+    """The name of the architecture that a model was built as, where that is known."""
+    name = model.__dict__.get(_ARCH)
+    return name if isinstance(name, str) and len(name) <= _LONGEST else None
+
+
+def mark_architecture(model: nn.Module, name: str) -> None:
+    """Note on a model, which is ours, the name of the architecture that it was built as."""
+    model.__dict__[_ARCH] = name
+
+
 def apply_edits(
     model: nn.Module, recipe: Recipe, *, factory: Callable[[nn.Module], nn.Module] | None = None
 ) -> nn.Module:
@@ -96,6 +160,9 @@ def apply_edits(
 
     Edits take effect in their order. `factory` is the one that "replace-norm" edits name where
     their target is none of bntools.
+
+    Raises `SurgeryError`, `TargetError` or `PlanError` for edits that are none, and for what does
+    not fit the model; it is then half changed.
     """
     pending: dict[str, nn.Module] = {}
     last = ""
@@ -109,32 +176,19 @@ def apply_edits(
     return replace_modules(model, pending)
 
 
-def _applied(
-    module: nn.Module, edit: Edit, factory: Callable[[nn.Module], nn.Module] | None
-) -> nn.Module | None:
+def _applied(module: nn.Module, edit: Edit, factory: _Factory | None) -> nn.Module | None:
     """What takes a module's place; None where it was changed itself."""
-    if edit.kind in CHANGES:
-        return _changed(module, edit)
-    if edit.kind == "drop-norm":
-        return _remainder(module)
-    if edit.kind == "replace-norm":
-        return _replacement(module, edit, factory)
-    if edit.kind == "remove-activation" and "after" not in edit.options:
-        return nn.Identity().train(module.training)
-    if edit.kind == "add-bias":
-        module._parameters["bias"] = _empty_bias(module, edit)
-    elif edit.kind == "remove-activation":
-        remove_activation_after(module, str(edit.options["after"]))
-    else:
+    if edit.kind not in _KINDS:
         raise SurgeryError(f"Cannot apply the edit {edit.kind!r}: this bntools has no such edit.")
-    return None
-
-
-def _changed(module: nn.Module, edit: Edit) -> nn.Module:
     try:
-        return CHANGES[edit.kind](module, edit.options)
-    except (KeyError, TypeError, ValueError) as error:
-        raise SurgeryError(f"Cannot {edit.kind} {edit.path}: {error}.") from error
+        return _KINDS[edit.kind](module, edit, factory)
+    except BNToolsError:
+        raise
+    except Exception as error:  # the module at the path can be of any class
+        why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise SurgeryError(
+            f"Cannot {edit.kind} {edit.path}: {' '.join(why.split())[:200]}."
+        ) from error
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -154,26 +208,41 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module._parameters[attribute] = nn.Parameter(tensor, requires_grad=grad)
 
 
-def _empty_bias(module: nn.Module, edit: Edit) -> nn.Parameter:
+def _add_bias(module: nn.Module, edit: Edit, _: _Factory | None) -> None:
     weight = module._parameters.get("weight")
     if weight is None or edit.channels is None:
         raise SurgeryError(f"Cannot add a bias to {edit.path}: it has no weight beside it.")
     if type(edit.channels) is not int or not 0 < edit.channels <= weight.numel():
         raise SurgeryError(f"Cannot add a bias to {edit.path}: it has no {edit.channels} channels.")
+    if module._parameters.get("bias") is not None:
+        raise SurgeryError(f"Cannot add a bias to {edit.path}: it has one.")
     values = torch.zeros(edit.channels, dtype=weight.dtype, device=weight.device)
-    return nn.Parameter(values, requires_grad=weight.requires_grad)
+    module._parameters["bias"] = nn.Parameter(values, requires_grad=weight.requires_grad)
 
 
-def _replacement(
-    module: nn.Module, edit: Edit, factory: Callable[[nn.Module], nn.Module] | None
-) -> nn.Module:
+def _drop_norm(module: nn.Module, _: Edit, __: _Factory | None) -> nn.Module:
+    left = _remainder(module)
+    return left if left is not None else nn.Identity().train(module.training)
+
+
+def _remove_activation(module: nn.Module, edit: Edit, _: _Factory | None) -> nn.Module | None:
+    if "after" not in edit.options:
+        return nn.Identity().train(module.training)
+    remove_activation_after(module, str(edit.options["after"]))
+    return None
+
+
+def _add_statistics(module: nn.Module, _: Edit, __: _Factory | None) -> None:
+    add_statistics(module)
+
+
+def _replace_norm(module: nn.Module, edit: Edit, factory: _Factory | None) -> nn.Module:
     """The new norm, followed by what the old one did besides, unless the target stands for that."""
     target = target_from_dict(edit.options.get("target"))
     if isinstance(target, ToFactory):
         target = replace(target, factory=factory)
     new = target.build(module)
-    rule = norm_rule(module)
-    left = rule.remainder(module) if rule is not None and rule.remainder is not None else None
+    left = _remainder(module)
     if left is None or edit.options.get("takes_remainder"):
         return new
     parts = left._modules if type(left) is nn.Sequential else {"remainder": left}
@@ -183,7 +252,27 @@ def _replacement(
     return whole.train(module.training)
 
 
-def _remainder(module: nn.Module) -> nn.Module:
+def _remainder(module: nn.Module) -> nn.Module | None:
     rule = norm_rule(module)
-    left = rule.remainder(module) if rule is not None and rule.remainder is not None else None
-    return left if left is not None else nn.Identity().train(module.training)
+    return rule.remainder(module) if rule is not None and rule.remainder is not None else None
+
+
+def _change(module: nn.Module, edit: Edit, _: _Factory | None) -> nn.Module:
+    return CHANGES[edit.kind](module, edit.options)
+
+
+def _merge(module: nn.Module, edit: Edit, _: _Factory | None) -> None:
+    MERGES[edit.kind](module, edit.options)
+
+
+# Each gives what takes the module's place, or None where it has changed it. A further kind of edit
+# is a row here, and its function where its surgery is.
+_KINDS: dict[str, Callable[[nn.Module, Edit, _Factory | None], nn.Module | None]] = {
+    **dict.fromkeys(CHANGES, _change),
+    **dict.fromkeys(MERGES, _merge),
+    "add-bias": _add_bias,
+    "add-statistics": _add_statistics,
+    "drop-norm": _drop_norm,
+    "remove-activation": _remove_activation,
+    "replace-norm": _replace_norm,
+}

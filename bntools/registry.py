@@ -33,11 +33,20 @@ class NormRule:
 
 @dataclass(frozen=True)
 class HostRule:
-    """How a linear class absorbs an affine after it or before it, and its output's channel axis."""
+    """How a linear class absorbs an affine after it or before it, and the axes of its channels.
+
+    `channel_dim` is the output's axis, `input_channel_dim` the input's where that is another one.
+    """
 
     after: Absorb
     before: Absorb | None = None
     channel_dim: int = 1
+    input_channel_dim: int | None = None
+
+    def input_dim(self, rank: int) -> int:
+        """The axis of the channels of an input."""
+        own = self.channel_dim if self.input_channel_dim is None else self.input_channel_dim
+        return own % rank
 
 
 _NORMS: dict[str, NormRule] = {}
@@ -83,6 +92,7 @@ def register_host(
     after: Absorb,
     before: Absorb | None = None,
     channel_dim: int = 1,
+    input_channel_dim: int | None = None,
 ) -> None:
     """Teach bntools a linear layer of your own.
 
@@ -90,9 +100,10 @@ def register_host(
     buffers, with which `module(x)` gives `affine(old module(x))`, or the `Reason` why it cannot;
     `before(module, affine)` likewise for `module(affine(x))`. The tensors should be computed in
     float64 from the float64 `affine`; they are cast to the dtype that they had. `channel_dim` is
-    the axis of the output's channels (-1 for the last).
+    the axis of the output's channels (-1 for the last), `input_channel_dim` that of the input's
+    where it is another one. Without `before` no norm is folded into what comes after it.
     """
-    _HOSTS[_name(cls)] = HostRule(after, before, channel_dim)
+    _HOSTS[_name(cls)] = HostRule(after, before, channel_dim, input_channel_dim)
 
 
 def norm_rule(module: nn.Module) -> NormRule | None:

@@ -12,7 +12,7 @@ import importlib
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,20 +22,16 @@ from torch import nn
 
 from bntools.errors import LoadError
 from bntools.imports import import_object
+from bntools.placeholders import Arguments, Global, Listed, Made, Sequenced, Table
 
 __all__ = [
-    "DICT",
     "DOTTED",
-    "LIST",
     "REBUILD",
-    "SHARED",
-    "UNKNOWN",
     "AllowList",
-    "Global",
     "Grant",
     "Leftover",
     "Refusal",
-    "Sequenced",
+    "TensorsOnly",
     "is_standard",
 ]
 
@@ -70,8 +66,13 @@ _OTHER_CLASSES = frozenset(
 _CALLED_EMPTY = frozenset({"bntools.rewriting.Rewritten"})
 # Makes an empty frozen layer of a class that is given to it, and may be in a file by itself.
 REBUILD = "bntools.norms.frozen.rebuild"
-# Its __setstate__ joins a process group.
-_REFUSED_CLASSES = frozenset({"torch.nn.parallel.distributed.DistributedDataParallel"})
+# They join process groups, or run a graph's own code.
+_REFUSED_CLASSES = (
+    torch.fx.GraphModule,
+    torch.jit.ScriptModule,
+    nn.parallel.DistributedDataParallel,
+)
+_MOST_LAYERS = 1000
 # Classes that models keep as values (`self._norm_layer = nn.BatchNorm2d`) and may call later.
 _MENTIONED_CLASSES = re.compile(
     r"torch\.nn\.modules\.\w+\.\w+|torchvision\.ops\.misc\.\w+"
@@ -112,11 +113,20 @@ _LEFTOVERS = re.compile(
 _DATA_TYPES = re.compile(r"torch\.([a-z]\w*|\w+Storage|storage\.(Untyped|Typed)Storage)")
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
-Arguments = tuple[Any, ...]
-
 
 class Refusal(Exception):  # noqa: N818 - a verdict about a file, turned into a LoadError by the loader
-    """A file asks for what it may not have; the text is the sentence about it."""
+    """A file asks for what it may not have; the text is the sentence about it.
+
+    `options` are those of the command line that would let it, where there are any; `wanted` are the
+    names that it asks for and may not have.
+    """
+
+    def __init__(
+        self, sentence: str, options: tuple[str, ...] = (), wanted: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(sentence)
+        self.options = options
+        self.wanted = wanted
 
 
 class Leftover:
@@ -137,7 +147,9 @@ class Grant:
     """What a file may do with one global: create it (empty), call it, mention it as a value.
 
     `target` is what torch gets under that name, None where torch knows it by itself;
-    `call` judges the arguments, of which only strings, numbers, tuples and globals are known.
+    `call` judges the arguments, of which only strings, numbers, tuples and globals are known;
+    `module` says that it is a network's class, whose state is a dict of attributes; `state` judges
+    that dict.
     """
 
     target: Any = None
@@ -145,38 +157,8 @@ class Grant:
     call: Callable[[Arguments], bool] | None = None
     mention: bool = False
     with_arguments: bool = False
-
-
-@dataclass(frozen=True)
-class Global:
-    """What a pickle names, by its full name."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class Sequenced:
-    """A tuple in a pickle: its items, where it starts, how large and how deep it is in all."""
-
-    items: Arguments
-    start: int
-    weight: int
-    depth: int
-
-    @property
-    def names_a_class(self) -> bool:
-        """Whether it can be the persistent id of a class, in a file from before torch 1.6."""
-        items = self.items
-        return len(items) == 4 and items[0] == "module" and isinstance(items[1], Global)
-
-
-class _Object:
-    """An object of which the scan knows no more than this."""
-
-
-LIST, DICT, UNKNOWN = _Object(), _Object(), _Object()
-# The members of an Enum are shared by the whole process: no file may set their state.
-SHARED = _Object()
+    module: bool = False
+    state: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 def _anything(_: Arguments) -> bool:
@@ -197,15 +179,15 @@ def _one_class(arguments: Arguments) -> bool:
 
 # What is iterated over must be written out in the file: a tensor of a few bytes has any length.
 def _one_list(arguments: Arguments) -> bool:
-    return len(arguments) == 1 and arguments[0] is LIST
+    return len(arguments) == 1 and isinstance(arguments[0], Listed)
 
 
-def _one_list_or_nothing(arguments: Arguments) -> bool:
-    return not arguments or _one_list(arguments)
+def _one_list_of_pairs_or_nothing(arguments: Arguments) -> bool:
+    return not arguments or (_one_list(arguments) and arguments[0].plain)
 
 
 def _one_dict(arguments: Arguments) -> bool:
-    return len(arguments) == 1 and arguments[0] is DICT
+    return len(arguments) == 1 and isinstance(arguments[0], Table)
 
 
 def _one_tuple(arguments: Arguments) -> bool:
@@ -231,7 +213,7 @@ def _an_attribute(arguments: Arguments) -> bool:
     owner, name = arguments
     if isinstance(owner, Global):
         return owner.name == _TORCH_NAMESPACE and name in _TORCH_FUNCTIONS
-    return owner is UNKNOWN and name.startswith("forward")
+    return isinstance(owner, Made) and name.startswith("forward")
 
 
 def attribute(owner: Any, name: str) -> Any:
@@ -253,7 +235,7 @@ _DATA: dict[str, Grant] = {
     "builtins.set": Grant(call=_one_list),
     "builtins.slice": Grant(target=slice, call=_anything),
     "collections.Counter": Grant(call=_one_dict),
-    "collections.OrderedDict": Grant(call=_one_list_or_nothing),
+    "collections.OrderedDict": Grant(call=_one_list_of_pairs_or_nothing),
     "functools.partial": Grant(target=functools.partial, call=_one),
     "torch.Size": Grant(call=_one_tuple),
     "torch.Tensor": Grant(mention=True),
@@ -316,6 +298,13 @@ class AllowList:
             )
 
 
+class TensorsOnly(AllowList):
+    """Allows tensors and plain values, for files that are no models."""
+
+    def _judge(self, name: str) -> Grant | None:
+        return _DATA.get(name) or _data_type(name)
+
+
 def is_standard(name: str) -> bool:
     """Whether a global is in Python's standard library."""
     top = name.partition(".")[0]
@@ -333,6 +322,8 @@ def _granted_by_user(name: str) -> Grant:
         call=None if module else _anything,
         mention=True,
         with_arguments=not module,
+        module=module,
+        state=_state_rule(target),
     )
 
 
@@ -370,10 +361,22 @@ def _library_class(name: str) -> Grant | None:
     if origin in _OTHER_CLASSES:
         return Grant(target, create=True)
     if origin in _CALLED_EMPTY:
-        return Grant(target, create=True, call=_nothing)
-    if issubclass(target, nn.Module) and origin not in _REFUSED_CLASSES:
-        return Grant(target, create=True, mention=bool(_MENTIONED_CLASSES.fullmatch(origin)))
+        return Grant(target, create=True, call=_nothing, module=True)
+    if issubclass(target, nn.Module) and not issubclass(target, _REFUSED_CLASSES):
+        mention = bool(_MENTIONED_CLASSES.fullmatch(origin))
+        rule = _state_rule(target)
+        return Grant(target, create=True, mention=mention, module=True, state=rule)
     return None
+
+
+def _state_rule(target: type) -> Callable[[Mapping[str, Any]], bool] | None:
+    return _has_few_layers if issubclass(target, nn.RNNBase) else None
+
+
+def _has_few_layers(state: Mapping[str, Any]) -> bool:
+    # The __setstate__ of recurrent layers counts up to this number, whatever it is.
+    layers = state.get("num_layers", 0)
+    return type(layers) is int and layers <= _MOST_LAYERS
 
 
 def _is_library(name: str) -> bool:

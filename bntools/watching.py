@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bntools.dataflow.graph import Graph, Kind, Node, Value
 from bntools.dataflow.guard import unwritten
-from bntools.dataflow.reach import Refused, reach, sources
+from bntools.dataflow.reach import Refused, carried, crosses, origins, reach
 from bntools.dataflow.recorder import record
 from bntools.dataflow.tape import tensors_in
 from bntools.equivalence import in_float64
@@ -142,10 +142,12 @@ class TorchLayers:
         changed: set[Hashable] = set()
         carried: dict[Hashable, tuple[Hashable, str]] = {}
         for node in sorted(gone, key=lambda each: each.order):
-            changed.update(_between(node.inputs[0], gone))
+            between = set(_between(node.inputs[0], gone))
+            changed.update(between)
+            through = {value.producer for value in between if value.producer is not None}
             for host in _hosts(node, gone):
-                moves = reach(host.outputs[0], frozenset()).moves
-                changed.update(value for move in moves for value in move.outputs)
+                ways = reach(host.outputs[0], frozenset(), through).nodes
+                changed.update(value for way in ways for value in way.outputs)
             origin = _origin(node, gone)
             if origin is not None:
                 carried[origin] = node.outputs[0], node.norm.owner
@@ -237,10 +239,12 @@ def _hosts(norm: Node, gone: Set[Node]) -> list[Node]:
     """
     same = {node for node in gone if node.norm.owner == norm.norm.owner}
     try:
-        hosts = sources(norm.inputs[0], gone)
+        found = origins(norm.inputs[0], gone)
     except Refused:
         return []
-    ends = [end for host in hosts for end in reach(host.outputs[0], gone - same).ends]
+    hosts = list(found.hosts)
+    values = [*(host.outputs[0] for host in hosts), *found.constants]
+    ends = [end for value in values for end in reach(value, gone - same, found.nodes).ends]
     return hosts if all(end.node in same or end.partial for end in ends) else []
 
 
@@ -255,8 +259,8 @@ def _between(value: Value, gone: Set[Node]) -> Iterator[Value]:
         seen.add(item)
         yield item
         node = item.producer
-        if node is not None and (node.kind is Kind.MOVE or node in gone):
-            stack.extend(node.inputs[:1] if node in gone else node.inputs)
+        if node is not None and crosses(node, gone, None):
+            stack.extend(carried(node))
 
 
 def _origin(norm: Node, gone: Set[Node]) -> Value | None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -46,6 +47,14 @@ class Console:
     def warn(self, message: str) -> None:
         """What the user should know in any case."""
         self.error(f"warning: {message}")
+
+    def warn_of_trust(self, source: str) -> None:
+        """What --trust means for a file."""
+        if Path(source).exists():
+            self.warn(
+                f"--trust: {source} may run code of its own as it is read, with all that you may"
+                " do on this computer"
+            )
 
     def error(self, message: str) -> None:
         """A line on stderr, in which names from a file cannot steer the terminal."""

@@ -48,6 +48,12 @@ one standard deviation.
     " and timm; repeatable.",
 )
 @click.option(
+    "--trust",
+    is_flag=True,
+    help="Let a file that needs it (TorchScript, a full pickle) run its own code. Only for files"
+    " that you would run as programs.",
+)
+@click.option(
     "--only", multiple=True, metavar="GLOB", help="Only the norm layers that match; repeatable."
 )
 @click.option(
@@ -85,6 +91,7 @@ class _Asked:
     second: str
     arch: str | None
     allow: tuple[str, ...]
+    trust: bool
     only: tuple[str, ...]
     skip: tuple[str, ...]
     sort: str
@@ -112,8 +119,10 @@ class _Asked:
 
     def load(self, source: str, console: Console) -> nn.Module:
         """One of the models."""
+        if self.trust:
+            console.warn_of_trust(source)
         with console.working(f"loading {source}"):
-            loaded = bntools.read_model(source, self.arch, self.allow)
+            loaded = bntools.read_model(source, self.arch, self.allow, trust=self.trust)
         for note in loaded.notes:
             console.note(f"note: {note}")
         return loaded.model

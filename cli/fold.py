@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -11,11 +11,12 @@ import click
 import bntools
 from bntools.report import Check, Plan, Report, Result
 
-from .options import Answer, Job, file_option, is_same, shared_options
+from .onnx_models import check_options, fold_onnx, is_onnx, plan_onnx
+from .options import Answer, Job, file_option, is_same, shared_options, state_dict_option
 
 __all__ = ["fold"]
 
-_HELP = """Fold BatchNorm layers into the layers before them, and prove that nothing changed.
+_HELP = """Fold BatchNorm layers into the layers before or after them, and prove it.
 
 \b
 Examples:
@@ -23,6 +24,8 @@ Examples:
   bntools fold model.pt -o small.pt --input-shape 1x3x224x224
   bntools fold model.pt --dry-run --only 'backbone.*'
   bntools fold weights.pth --arch timm:resnet18 --json --report report.json
+  bntools fold model.pt --merge-branches --pad-forward
+  bntools fold model.onnx -o small.onnx
 
 Every norm layer that can be folded is; every other one is listed with the reason why it is kept.
 The result is compared with the original in float64 and in its own dtype on fresh inputs; a fold
@@ -30,7 +33,7 @@ that fails is undone. A file is written only where something was folded.
 """
 
 
-@click.command("fold", help=_HELP, short_help="Fold BatchNorm into the layers before it.")
+@click.command("fold", help=_HELP, short_help="Fold BatchNorm into its neighbours.")
 @click.option(
     "-o",
     "--output",
@@ -44,39 +47,95 @@ that fails is undone. A file is written only where something was folded.
     is_flag=True,
     help="Where a fold fails its check, write nothing and exit with 1.",
 )
+@click.option(
+    "--merge-branches",
+    is_flag=True,
+    help="Make one convolution of parallel linear branches that are added up.",
+)
+@click.option(
+    "--merge-linear",
+    is_flag=True,
+    help="Make one layer of two linear ones in a row, where that makes the model smaller.",
+)
+@click.option(
+    "--pad-forward",
+    is_flag=True,
+    help="Fold norms into padded convolutions after them, which then pad with other values than 0.",
+)
+@click.option(
+    "--keep-originals",
+    is_flag=True,
+    help="Keep copies of what is removed or changed beside the result, for `bntools unfold`.",
+)
+@state_dict_option
 @shared_options
-def fold(job: Job, output: Path | None, dry_run: bool, strict: bool) -> None:
+def fold(
+    job: Job,
+    output: Path | None,
+    *,
+    dry_run: bool,
+    strict: bool,
+    merge_branches: bool,
+    merge_linear: bool,
+    pad_forward: bool,
+    keep_originals: bool,
+) -> None:
     """Fold, check and save."""
-    output = output or job.beside(".folded.pt")
+    output = output or job.beside(".folded.onnx" if is_onnx(job) else ".folded.pt")
     if job.report is not None and is_same(job.report, output):
         raise click.UsageError("--output and --report name the same file.")
+    how = _How(merge_branches, merge_linear, pad_forward, keep_originals)
+    if is_onnx(job):
+        check_options(job, **asdict(how))
     if dry_run:
-        _plan(job, output)
+        _plan(job, output, how)
     else:
-        _fold(job, output, strict=strict)
+        _fold(job, output, how, strict=strict)
 
 
-def _plan(job: Job, output: Path) -> None:
+@dataclass(frozen=True)
+class _How:
+    """What to do beside folding norms."""
+
+    merge_branches: bool
+    merge_linear: bool
+    pad_forward: bool
+    keep_originals: bool
+
+
+def _plan(job: Job, output: Path, how: _How) -> None:
     job.check_writable(job.report)
-    model = job.load()
-    with job.console.working("planning"):
-        plan = bntools.plan_fold(model, job.examples(model), only=job.only or "*", skip=job.skip)
+    plan = _planned(job, how)
     _say(job, plan)
     if plan.folds:
         exists = ", which exists: that takes --force" if output.exists() and not job.force else ""
         job.console.note(f"would write {output}{exists}")
+    if how.merge_branches or how.merge_linear:
+        job.console.note("note: what merges is decided once it is folded, without --dry-run")
     answer = Answer(plan, {"model": job.model, "output": None})
     job.write_report(answer)
     job.show(answer, str(plan) if plan.decisions else "the model has no norm layer to fold")
 
 
-def _fold(job: Job, output: Path, *, strict: bool) -> None:
-    job.check_writable(output, job.report)
+def _planned(job: Job, how: _How) -> Plan:
+    if is_onnx(job):
+        with job.console.working("planning"):
+            return plan_onnx(job)
     model = job.load()
-    with job.console.working("folding"):
-        result = bntools.fold(
-            model, job.examples(model), only=job.only or "*", skip=job.skip, seed=job.seed
+    with job.console.working("planning"):
+        return bntools.plan_fold(
+            model,
+            job.examples(model),
+            only=job.only or "*",
+            skip=job.skip,
+            pad_forward=how.pad_forward,
         )
+
+
+def _fold(job: Job, output: Path, how: _How, *, strict: bool) -> None:
+    job.check_output(output, keep_originals=how.keep_originals)
+    job.check_writable(job.report)
+    result = _folded(job, how)
     report = result.report
     _say(job, report)
     failed = _failures(report)
@@ -94,15 +153,34 @@ def _fold(job: Job, output: Path, *, strict: bool) -> None:
         click.get_current_context().exit(1)
 
 
+def _folded(job: Job, how: _How) -> Result[Report]:
+    if is_onnx(job):
+        with job.console.working("folding"):
+            return fold_onnx(job)
+    model = job.load()
+    with job.console.working("folding"):
+        return bntools.fold(
+            model,
+            job.examples(model),
+            only=job.only or "*",
+            skip=job.skip,
+            seed=job.seed,
+            merge_branches=how.merge_branches,
+            merge_linear=how.merge_linear,
+            pad_forward=how.pad_forward,
+            keep_originals=how.keep_originals,
+        )
+
+
 def _save(job: Job, result: Result[Report], output: Path) -> str | None:
-    if not result.report.folds:
+    if not result.report.changed:
         job.console.note("nothing was folded, so no model is written")
         return None
     return job.save(result, output)
 
 
 def _is_proven(report: Report) -> bool:
-    return not report.folds or bool(report.check)
+    return not report.changed or bool(report.check)
 
 
 def _failures(report: Report) -> tuple[str, ...]:

@@ -11,7 +11,15 @@ import click
 
 import bntools
 
-from .options import Answer, Job, file_option, is_same, shared_options, stored_options
+from .options import (
+    Answer,
+    Job,
+    file_option,
+    is_same,
+    shared_options,
+    state_dict_option,
+    stored_options,
+)
 
 if TYPE_CHECKING:
     from bntools.report import FreezeReport, Result
@@ -77,6 +85,7 @@ _DRY_RUN = click.option("-n", "--dry-run", is_flag=True, help="Only show what wo
     help="What frozen layers become: a BatchNorm that stays frozen (the default), or torchvision's"
     " FrozenBatchNorm2d.",
 )
+@state_dict_option
 @stored_options("seed")
 def freeze(job: Job, output: Path | None, dry_run: bool, affine: bool, form: str) -> None:
     """Freeze and save."""
@@ -92,6 +101,7 @@ def freeze(job: Job, output: Path | None, dry_run: bool, affine: bool, form: str
 @click.command("unfreeze", help=_UNFREEZE, short_help="Let frozen BatchNorm move again.")
 @_output_option(".unfrozen.pt")
 @_DRY_RUN
+@state_dict_option
 @stored_options("seed")
 def unfreeze(job: Job, output: Path | None, dry_run: bool) -> None:
     """Unfreeze and save."""
@@ -105,6 +115,7 @@ def unfreeze(job: Job, output: Path | None, dry_run: bool) -> None:
 @click.command("unsync", help=_UNSYNC, short_help="Make SyncBatchNorm a plain BatchNorm.")
 @_output_option(".unsynced.pt")
 @_DRY_RUN
+@state_dict_option
 @shared_options
 def unsync(job: Job, output: Path | None, dry_run: bool) -> None:
     """Convert and save."""
@@ -121,7 +132,9 @@ def _run(
 ) -> None:
     if job.report is not None and is_same(job.report, output):
         raise click.UsageError("--output and --report name the same file.")
-    job.check_writable(job.report, *([] if dry_run else [output]))
+    job.check_writable(job.report)
+    if not dry_run:
+        job.check_output(output)
     model = job.load()
     with job.console.working("changing the norm layers"):
         result = change(model)

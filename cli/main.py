@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import traceback
 from typing import Any
 
 import click
 
 import bntools
-from bntools.errors import BNToolsError
+from bntools.errors import BNToolsError, UntrustedError
 
 from .console import Console
 from .diff import diff
@@ -18,10 +19,14 @@ from .freeze import freeze, unfreeze, unsync
 from .inspect import inspect
 from .recalibrate import recalibrate
 from .replace import replace_norms
+from .ship import ship
+from .to_batchnorm import to_batchnorm
+from .unfold import unfold
 from .verify import verify
 
 __all__ = ["program"]
 
+_TYPED = "bntools.typed"
 _CANNOT, _BUG, _INTERRUPTED = 3, 70, 130
 
 _HELP = """Surgery on PyTorch networks with BatchNorm, with proof that the result is right.
@@ -35,9 +40,9 @@ Examples:
   bntools recalibrate model.pt --data images/ --eval-data val/
   bntools replace model.pt --with groupnorm --fit images/
 
-MODEL is a file that torch.save wrote, with a whole model or (with --arch) a state dict. Files
-are not trusted: nothing in them is run. It may also be an architecture's name, such as
-timm:resnet18.
+MODEL is a file: .pt with a whole model or (with --arch) a state dict, .safetensors, .pt2 of
+torch.export, TorchScript or .onnx; told by its content. Files are not trusted: nothing in them is
+run. It may also be an architecture's name, such as timm:resnet18.
 
 The answer is on stdout, all else on stderr. Exit codes: 0 done, 1 a check failed, 2 wrong
 options, 3 not possible (the message says why), 70 a bug, 130 interrupted.
@@ -46,6 +51,15 @@ options, 3 not possible (the message says why), 70 a bug, 130 interrupted.
 
 class Program(click.Group):
     """A group that turns exceptions into one line on stderr and an exit code."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        """Remember what was typed, for errors that say what to type instead."""
+        typed = list(args)
+        ctx = super().make_context(info_name, args, parent, **extra)
+        ctx.meta[_TYPED] = [info_name or "bntools", *typed]
+        return ctx
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
@@ -61,7 +75,15 @@ class Program(click.Group):
             if console.verbose:
                 console.error("".join(traceback.format_exception(error)).rstrip())
             console.error(f"Error: {_told(error)}")
+            if isinstance(error, UntrustedError):
+                console.error(f"To allow it: {_completed(ctx.meta[_TYPED], error.options)}")
             raise click.exceptions.Exit(_CANNOT if _is_foreseen(error) else _BUG) from error
+
+
+def _completed(typed: list[str], options: tuple[str, ...]) -> str:
+    """The command line with further options, as a shell takes it."""
+    end = typed.index("--") if "--" in typed else len(typed)
+    return shlex.join([*typed[:end], *options, *typed[end:]])
 
 
 def _is_foreseen(error: Exception) -> bool:
@@ -94,6 +116,7 @@ program = Program(
     commands=[
         inspect,
         fold,
+        unfold,
         recalibrate,
         diff,
         export,
@@ -101,7 +124,9 @@ program = Program(
         freeze,
         unfreeze,
         unsync,
+        to_batchnorm,
         replace_norms,
+        ship,
     ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

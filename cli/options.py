@@ -28,10 +28,13 @@ __all__ = [
     "is_same",
     "pair_options",
     "shared_options",
+    "state_dict_option",
     "stored_options",
 ]
 
-_SUFFIXES = {".pt", ".pth", ".tar", ".bin", ".ckpt", ".pkl"}
+_SUFFIXES = {".pt", ".pth", ".tar", ".bin", ".ckpt", ".pkl", ".pt2", ".safetensors", ".onnx"}
+_RECORDED = {".pt2", ".onnx"}
+_STATE_DICT = "bntools.state_dict"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Common:
 
     arch: str | None
     allow: tuple[str, ...]
+    trust: bool
     input_shape: tuple[str, ...]
     inputs: Path | None
     seed: int
@@ -63,8 +67,11 @@ class Common:
 
     def read(self, source: str) -> nn.Module:
         """A model, with notes on how it was read."""
+        bntools.check_takes(source, click.get_current_context().info_name or "")
+        if self.trust:
+            self.console.warn_of_trust(source)
         with self.console.working(f"loading {source}"):
-            loaded = bntools.read_model(source, self.arch, self.allow)
+            loaded = bntools.read_model(source, self.arch, self.allow, trust=self.trust)
         for note in loaded.notes:
             self.console.note(f"note: {note}")
         return loaded.model
@@ -126,6 +133,12 @@ class Job(Common):
         model = self.read(self.model)
         return model if self.device is None else _moved(model, self.device)
 
+    def check_output(self, output: Path, *, keep_originals: bool = False) -> None:
+        """Find out before long work whether a model can be written."""
+        self.check_writable(output)
+        state_dict = bool(click.get_current_context().meta.get(_STATE_DICT))
+        bntools.check_format(output, state_dict=state_dict, keep_originals=keep_originals)
+
     def save(self, result: Result[Any], output: Path, *, dry_run: bool = False) -> str | None:
         """Write the model of a surgery, or say what would be written; the name of the file."""
         if dry_run:
@@ -134,8 +147,17 @@ class Job(Common):
             return None
         if self.device is not None:
             result.model.cpu()
+        recorded = output.suffix.lower() in _RECORDED and hasattr(result.model, "forward")
         with self.console.working(f"writing {output}"):
-            bntools.save(result, output, force=self.force)
+            notes = bntools.save(
+                result,
+                output,
+                force=self.force,
+                state_dict=bool(click.get_current_context().meta.get(_STATE_DICT)),
+                example_inputs=self.examples(result.model) if recorded else None,
+            )
+        for note in notes:
+            self.console.note(f"note: {note}")
         self.console.note(f"wrote {output}")
         return str(output)
 
@@ -182,6 +204,21 @@ def file_option(_: click.Context, option: click.Parameter, value: str | None) ->
     return None if value is None else Path(value)
 
 
+def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_STATE_DICT] = value
+
+
+# For the commands that write a model: `Job.save` looks it up.
+state_dict_option = click.option(
+    "--state-dict",
+    is_flag=True,
+    expose_value=False,
+    callback=_remember,
+    help="Write the weights with their recipe in place of the whole module; a .safetensors file"
+    " always is that. --arch builds the module again.",
+)
+
+
 def _option(*names: str, **settings: Any) -> tuple[str, Callable[..., Any]]:
     """An option and the field that it fills."""
     field = next((n for n in names if n.isidentifier()), names[-1].lstrip("-").replace("-", "_"))
@@ -202,6 +239,12 @@ _OPTIONS = dict(
             metavar="CLASS",
             help="A class (package.Class) that the file may hold besides those of torch.nn,"
             " torchvision and timm; repeatable.",
+        ),
+        _option(
+            "--trust",
+            is_flag=True,
+            help="Let a file that needs it (TorchScript, a full pickle) run its own code. Only for"
+            " files that you would run as programs.",
         ),
         _option(
             "--input-shape",
@@ -250,7 +293,14 @@ _OPTIONS = dict(
     ]
 )
 # What stands in a job for an option that a command does not have.
-_ABSENT: dict[str, Any] = {"input_shape": (), "inputs": None, "seed": 0}
+_ABSENT: dict[str, Any] = {
+    "input_shape": (),
+    "inputs": None,
+    "seed": 0,
+    "only": (),
+    "skip": (),
+    "device": None,
+}
 _ON_ONE = [click.argument("model", metavar="MODEL")]
 _ON_TWO = [
     click.argument("reference", metavar="REFERENCE"),

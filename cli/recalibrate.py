@@ -13,7 +13,7 @@ import bntools
 from bntools.report import RecalibrationReport, Result
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, is_same, stored_options
+from .options import Answer, Job, is_same, state_dict_option, stored_options
 from .progress import progress_bar
 from .recalibrate_options import Asked, recalibrate_options
 
@@ -42,6 +42,7 @@ make it worse are not written. The model of the file is changed only in its stat
 @click.command("recalibrate", help=_HELP, short_help="Re-estimate running statistics on data.")
 @recalibrate_options
 @data_options("--data", required=True)
+@state_dict_option
 @stored_options()
 def recalibrate(job: Job, *, data: DataJob, asked: Asked) -> None:
     """Recalibrate, judge and save."""
@@ -94,7 +95,7 @@ class _Run:
         if self.rank:
             return
         if not self.asked.dry_run:
-            self.job.check_writable(self.output)
+            self.job.check_output(self.output)
         self.job.check_writable(self.job.report)
         if self.asked.plot is not None:
             bntools.check_plot(self.asked.plot, force=self.job.force)

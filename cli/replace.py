@@ -17,7 +17,7 @@ from bntools.errors import TargetError
 from bntools.report import ReplacementReport, Result
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, file_option, is_same, shared_options
+from .options import Answer, Job, file_option, is_same, shared_options, state_dict_option
 
 if TYPE_CHECKING:
     from bntools.report import FitProgress
@@ -145,13 +145,16 @@ def _replace_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command("replace", help=_HELP, short_help="Replace BatchNorm by another norm layer.")
 @_replace_options
 @data_options("--fit", required=False)
+@state_dict_option
 @shared_options
 def replace_norms(job: Job, *, data: DataJob, asked: _Asked) -> None:
     """Replace, fit and save."""
     output = asked.output or job.beside(".replaced.pt")
     _check(job, asked, data, output)
     target = _target(asked)
-    job.check_writable(job.report, *([] if asked.dry_run else [output]))
+    job.check_writable(job.report)
+    if not asked.dry_run:
+        job.check_output(output)
     model = job.load()
     batches = None if data.source is None else data.read(job)
     examples = job.examples(model)

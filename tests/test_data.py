@@ -222,7 +222,7 @@ def raw(data):
 MISTAKES = {
     "empty": (raw(b""), "Cannot use the data .*: it is empty"),
     "text": (raw(b"1 2 3\n"), "it is neither arrays .* Save it with numpy.savez"),
-    "a damaged zip": (raw(b"PK\x03\x04abc"), "it is neither arrays"),
+    "a damaged zip": (raw(b"PK\x03\x04abc"), "it is damaged or incomplete"),
     "a damaged array": (raw(b"\x93NUMPY\x01\x00"), "it is neither arrays"),
     "damaged safetensors": (raw(b"\x05\0\0\0\0\0\0\0{abc}"), "a damaged safetensors file"),
     "objects": (npz(x=np.array([{}], object)), "it holds Python objects"),

@@ -149,7 +149,7 @@ MISTAKES = {
     "a folder": (lambda path: path.mkdir(), "is a directory"),
     "empty": (write_bytes(b""), "it is empty. Save them with numpy.savez"),
     "text": (write_bytes(b"1 2 3\n"), "it is neither arrays .* or it is damaged. Save them"),
-    "a truncated zip": (write_bytes(b"PK\x03\x04abc"), "it is neither arrays"),
+    "a truncated zip": (write_bytes(b"PK\x03\x04abc"), "it is damaged or incomplete"),
     "a truncated array": (write_bytes(b"\x93NUMPY\x01\x00"), "it is neither arrays"),
     "a gap": (write_npz(arg0=np.zeros(1), arg2=np.zeros(1)), "its .* count from arg0 without"),
     "counted twice": (write_npz(arg0=np.zeros(1), arr_0=np.zeros(1)), ".* count from arg0"),

@@ -596,10 +596,12 @@ def test_a_randomised_network_is_healthy():
     assert len(inspection.findings) == 8
 
 
-def test_a_network_of_layer_norms_has_nothing_to_fold():
-    """Listed for the reader, counted for nobody."""
+def test_a_network_of_layer_norms_has_its_scales_to_fold():
+    """Layer norms are listed for the reader, counted for nobody; the layer scales fold."""
     model = torchvision.models.convnext_tiny().eval()
     inspection = bntools.inspect(model)
-    assert {layer.kind for layer in inspection.layers} == {"LayerNorm", "LayerNorm2d"}
-    assert all(layer.input_dependent for layer in inspection.layers)
+    norms = [layer for layer in inspection.layers if not layer.affine]
+    assert {layer.kind for layer in norms} == {"LayerNorm", "LayerNorm2d"}
+    assert all(layer.input_dependent for layer in norms)
     assert inspection.findings == ()
+    assert inspection.summary().startswith("18 of 18 affines would fold")

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.utils import prune
 from torchvision.models.resnet import BasicBlock
 
-from bntools import loading
 from bntools.errors import LoadError
+from bntools.formats import table
 from bntools.loading import load, read_model
 
 NET = "torchvision:shufflenet_v2_x0_5"
@@ -461,23 +461,14 @@ def npz(path):
         np.savez(stream, a=np.zeros(2))
 
 
-def exported(path):
-    torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(1),)), path)
-
-
 OTHERS = {
     "TorchScript": (
         lambda p: torch.jit.script(nn.ReLU()).save(p),
         "a TorchScript archive; .*not read",
     ),
-    "torch.export": (exported, "a torch.export archive; .*not read"),
-    "safetensors": (
-        lambda p: __import__("safetensors.torch").torch.save_file({"a": torch.zeros(2)}, p),
-        "a safetensors file; .*not read",
-    ),
     "ONNX": (
         lambda p: p.write_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x062.15.0:\x03abc"),
-        "an ONNX model; only `bntools verify` takes that",
+        "an ONNX model; only `fold`, `inspect` and `verify` take that",
     ),
     "HDF5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
     "npy": (lambda p: p.write_bytes(b"\x93NUMPY\x01\x00" + bytes(99)), "a NumPy array"),
@@ -500,15 +491,16 @@ OTHERS = {
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 @pytest.mark.parametrize(("write", "message"), OTHERS.values(), ids=OTHERS.keys())
 def test_other_formats_are_named_and_what_to_do(write, message, tmp_path):
-    path = tmp_path / "m.bin" if write is not exported else tmp_path / "m.pt2"
+    path = tmp_path / "m.bin"
     write(path)
     with pytest.raises(LoadError, match=rf"it is {message}"):
         load(path)
 
 
 def test_every_format_that_is_read_comes_with_a_reader():
-    assert sum(entry.read is not None for entry in loading.FORMATS) == 2
-    assert all(entry.read or entry.advice for entry in loading.FORMATS)
+    read = {entry.name for entry in table.FORMATS if entry.read is not None}
+    assert {"a torch.save file", "a safetensors file", "a torch.export archive"} <= read
+    assert all(entry.read or entry.advice for entry in table.FORMATS)
 
 
 # ---- architectures ------------------------------------------------------------------------------

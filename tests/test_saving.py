@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from bntools import saving
+from bntools import writing
 from bntools.errors import SaveError
 from bntools.loading import load, read_model
 from bntools.recipe import Recipe
 from bntools.report import Action, Check, Decision, Equivalence, OutputError, Report, Result
-from bntools.saving import (
+from bntools.saving import save
+from bntools.writing import (
     check_writable,
-    save,
     write_atomically,
     write_report,
     write_text_atomically,
@@ -45,7 +45,7 @@ def result(error: float = 1e-7) -> Result:
 
 
 def in_fresh_process(script: str, *arguments: object, cwd: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(Path(saving.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(writing.__file__).parent.parent)}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env=environment, cwd=cwd
@@ -240,13 +240,13 @@ def fail_with(monkeypatch):
     """Let every write fail with an error after its first 1000 bytes."""
 
     def arrange(error):
-        watched = saving._Watched
+        watched = writing._Watched
 
         class Broken(watched):
             def __init__(self, stream):
                 super().__init__(Failing(stream, error))
 
-        monkeypatch.setattr(saving, "_Watched", Broken)
+        monkeypatch.setattr(writing, "_Watched", Broken)
 
     return arrange
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zoo_folds  # noqa: F401 (fills the zoo)
+import zoo_forward  # noqa: F401 (fills the zoo)
 import zoo_keeps  # noqa: F401 (fills the zoo)
 from randomise import cast, difference, named_modules, norms, outputs, run, truth_error
 from torch import Tensor, nn
@@ -155,11 +156,12 @@ def test_argument_is_untouched_by_a_fold_and_by_writes_to_its_result(case, exact
 def test_folded_norms_are_gone_and_kept_ones_are_there(case):
     fold = folded(case, exact=False)
     left = norms(fold.result.model)
-    own = {d.path: d.action for d in fold.result.report.decisions if case.expected[d.path].reasons}
+    decisions = [d for d in fold.result.report.decisions if not d.affine]
+    own = {d.path: d.action for d in decisions if case.expected[d.path].reasons}
     for path, outcome in case.expected.items():
         if not outcome.reasons:
             assert path not in left, f"{path} is still a norm layer"
-        elif own[path] is Action.KEEP:
+        elif own.get(path) is Action.KEEP:
             assert path in left, f"{path} is gone"
 
 
@@ -175,8 +177,10 @@ def test_certificate_is_json(case):
 def test_zoo_has_a_model_for_every_reason():
     definite = [set(o.reasons) for c in CASES.values() for o in c.expected.values() if not o.hosts]
     seen = set().union(*(reasons for reasons in definite if len(reasons) == 1))
-    of_a_fold = set(Reason) - _OF_FREEZE - _OF_REPLACE
-    assert of_a_fold - seen == {Reason.CHECK_FAILED, Reason.SKIPPED, *_ALWAYS_ONE_OF_TWO}
+    seen |= {o.forward for c in CASES.values() for o in c.expected.values()}
+    of_a_fold = set(Reason) - _OF_FREEZE - _OF_REPLACE - _OF_CONVERSION
+    elsewhere = {Reason.CHECK_FAILED, Reason.SKIPPED, Reason.PAD_VALUE}  # test_pad_forward.py
+    assert of_a_fold - seen == {*elsewhere, *_ALWAYS_ONE_OF_TWO}
     assert set().union(*definite) >= _ALWAYS_ONE_OF_TWO
 
 
@@ -188,6 +192,7 @@ _OF_FREEZE = {
     Reason.NOT_FROZEN,
     Reason.NO_SUCH_FORM,
 }
+_OF_CONVERSION = {Reason.NOT_BATCH_NORM}  # test_to_batchnorm.py
 _OF_REPLACE = {Reason.ONE_VALUE, Reason.NO_ACTIVATION, Reason.ACTIVATION_STAYS}
 
 

@@ -78,7 +78,7 @@ def test_fold_proves_a_model_of_the_cross_section_in_float32(name):
     assert check is not None
     assert check
     assert check.rolled_back == ()
-    assert len(result.report.folds) == row_of(name).folded
+    assert len([d for d in result.report.folds if not d.affine]) == row_of(name).folded
     folded = {d.path for d in result.report.folds}
     assert norms(result.model).keys().isdisjoint(folded)
     assert len(norms(result.model)) == row_of(name).norms - row_of(name).folded

@@ -39,15 +39,20 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a plan may say: fold into these hosts (None: not allowed), or one of the reasons."""
+    """What a plan may say: fold into these hosts (None: not allowed), or one of the reasons.
+
+    `forward` is the reason why it does not fold forward, where the model is about that.
+    """
 
     hosts: tuple[str, ...] | None = None
     reasons: tuple[Reason, ...] = ()
+    forward: Reason | None = None
 
     def admits(self, decision: Decision) -> bool:
         if decision.action is Action.FOLD:
             return self.hosts is not None and sorted(decision.hosts) == sorted(self.hosts)
-        return decision.reason in self.reasons
+        onward = self.forward in (None, decision.forward_reason)
+        return onward and decision.reason in self.reasons
 
 
 def fold(*hosts: str) -> Outcome:
@@ -55,9 +60,9 @@ def fold(*hosts: str) -> Outcome:
     return Outcome(hosts)
 
 
-def keep(*reasons: Reason) -> Outcome:
+def keep(*reasons: Reason, forward: Reason | None = None) -> Outcome:
     """The layer is kept for this reason, or for one of several that are as true."""
-    return Outcome(None, reasons)
+    return Outcome(None, reasons, forward)
 
 
 def either(*hosts: str, reasons: tuple[Reason, ...] = tuple(Reason)) -> Outcome:

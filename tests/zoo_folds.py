@@ -856,3 +856,52 @@ def scripted_function_beside():
         gelu = torch.jit.script(nn.GELU())
     block = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
     return Net(lambda m, x: m.gelu(m.block(x)), block=block, gelu=gelu)
+
+
+# Affines that are no norm layer
+
+
+class _Gain(nn.Module):
+    """A learned affine, in place or not."""
+
+    def __init__(self, *, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+        self.shift = torch.randn(1, 6, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inplace:
+            return x.mul_(self.scale).add_(self.shift)
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+@case({"1": fold("0"), "2": fold("0"), "3": fold("0")})
+def affines_by_hand_around_a_norm():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), _Gain(), nn.BatchNorm2d(6), _Gain(inplace=True))
+
+
+@case({"(sub, div, mul)": fold("conv")})
+def batch_norm_in_a_forward():
+    """Its constants are a plain tensor, a buffer and a parameter of the module that convolves."""
+    model = Net(
+        lambda m, x: F.silu((m.conv(x) - m.mean) / torch.sqrt(m.var + 1e-3) * m.gamma),
+        conv=nn.Conv2d(3, 6, 3),
+    )
+    model.mean = torch.randn(6, 1, 1)
+    model.register_buffer("var", torch.rand(6, 1, 1) + 0.5)
+    model.gamma = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+    return model
+
+
+@case({"0": fold("1")})
+def input_normalisation():
+    normalise = Net(lambda m, x: (x - torch.tensor(m.mean).view(3, 1, 1)) / 0.25)
+    normalise.mean = [0.485, 0.456, 0.406]
+    return nn.Sequential(normalise, nn.Conv2d(3, 6, 3))
+
+
+@case({"s": fold("a", "b")})
+def gain_called_twice_after_its_own_hosts():
+    parts = {"a": nn.Conv2d(3, 6, 3), "b": nn.Conv2d(3, 6, 3), "s": _Gain()}
+    return Net(lambda m, x: m.s(m.a(x)) - F.relu(m.s(m.b(x))), **parts)

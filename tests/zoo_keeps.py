@@ -249,7 +249,7 @@ def activation_between():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.BatchNorm2d(6))
 
 
-@case({"2": keep(Reason.NOT_AFTER_LINEAR)})
+@case({"2": keep(Reason.SHIFT_STOPPED)})
 def in_place_activation_between():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6))
 
@@ -301,7 +301,7 @@ def foreach_operation_between():
     return _written(lambda y: torch._foreach_exp_([y]))
 
 
-@case({"bn": keep(Reason.NOT_AFTER_LINEAR)})
+@case({"bn": keep(Reason.NEGATIVE_SCALE)})
 def norm_after_a_residual_sum():
     return Net(
         lambda m, x: m.bn(m.a(x) + m.b(x).relu()),
@@ -311,18 +311,18 @@ def norm_after_a_residual_sum():
     )
 
 
-@case({"3": keep(Reason.NOT_AFTER_LINEAR)})
+@case({"3": keep(Reason.SHIFT_STOPPED)})
 def norm_after_max_pool():
     """Gammas are negative now and then, and the activation would be in the way anyhow."""
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(6))
 
 
-@case({"bn": keep(Reason.NOT_AFTER_LINEAR)})
+@case({"bn": keep(Reason.PADDED)})
 def zero_padding_between():
     return Net(lambda m, x: m.bn(F.pad(m.conv(x), (1, 1, 1, 1))), **_parts())
 
 
-@case({"bn": keep(Reason.NOT_AFTER_LINEAR)})
+@case({"bn": keep(Reason.PADDED)})
 def zeros_beside_in_a_concatenation():
     """The shortcut of a CIFAR ResNet pads the channels with zeros."""
 
@@ -731,7 +731,7 @@ def running_mean_used_elsewhere():
 @case(
     {
         "folds": either("conv", reasons=(Reason.SHARED_STATISTICS,)),
-        "stays": keep(Reason.NOT_AFTER_LINEAR, Reason.SHARED_STATISTICS),
+        "stays": keep(Reason.SHIFT_STOPPED, Reason.SHARED_STATISTICS),
     }
 )
 def kept_norm_shares_its_affine_with_a_folded_one():
@@ -935,3 +935,37 @@ def _make_large(model: Any) -> None:
 def overflow_in_half_precision():
     """1 / sqrt(eps) is 316; weights of 500 have no room for that in float16."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).half()
+
+
+# Affines that are no norm layer
+
+
+def _scaled(forward: Any, **constants: Tensor) -> nn.Module:
+    """A convolution, and arithmetic with constants in the same module."""
+    model = Net(forward, conv=nn.Conv2d(3, 4, 3))
+    for name, tensor in constants.items():
+        setattr(model, name, nn.Parameter(tensor))
+    return model
+
+
+@case({"(mul)": keep(Reason.NOT_NEUTRAL)})
+def constant_that_no_number_makes_one():
+    """In float32 no g has g * g + eps == 1."""
+    gain = torch.rand(4, 1, 1) + 0.5
+    return _scaled(lambda m, x: F.silu(m.conv(x) * (m.g * m.g + 1e-5).rsqrt()), g=gain)
+
+
+@case({"(mul)": keep(Reason.SHARED_STATISTICS)})
+def gain_that_is_returned_as_well():
+    gain = torch.rand(4, 1, 1) + 0.5
+    return _scaled(lambda m, x: (F.silu(m.conv(x) * m.g), m.g * 2), g=gain)
+
+
+@case({"(mul)": keep(Reason.CHANNEL_MISMATCH)}, rand(2, 3, 6, 6))
+def gain_of_the_channels_that_broadcasts_over_the_width():
+    return _scaled(lambda m, x: F.silu(m.conv(x) * m.g), g=torch.rand(4) + 0.5)
+
+
+@case({})
+def gain_of_every_position():
+    return _scaled(lambda m, x: F.silu(m.conv(x) * m.g), g=torch.rand(1, 4, 6, 6) + 0.5)

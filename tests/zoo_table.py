@@ -45,11 +45,23 @@ _GIANT = 300e6  # parameters: two copies in float64 do not fit into a small mach
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `oracle` is empty where the oracle has not counted the model."""
+    """One line of the table.
+
+    Of the `folded` norm layers `forward` go into what comes after them, and `through` are those
+    with something on the way. Beyond these `padded` fold with `pad_forward` and `merged` vanish
+    with `merge_branches`. `affines` are what is no norm layer and yet an affine per channel.
+    `oracle` is empty where the oracle has not counted the model.
+    """
 
     model: str
     norms: int
     folded: int
+    forward: int
+    through: int
+    padded: int
+    merged: int
+    affines: int
+    affines_folded: int
     kept: str
     oracle: str
     fx_folded: str
@@ -71,7 +83,8 @@ class Row:
     def __str__(self) -> str:
         said = "; ".join(self.problems()) or "ok"
         return (
-            f"{self.model}: folded {self.folded} of {self.norms} (oracle {self.oracle or '-'},"
+            f"{self.model}: folded {self.folded} of {self.norms}, {self.forward} forward,"
+            f" +{self.padded} padded, +{self.merged} merged (oracle {self.oracle or '-'},"
             f" fx {self.fx_folded}), error {self.error:.1e}, {self.seconds:.1f} s, kept"
             f" {self.kept or 'none'}: {said}"
         )
@@ -120,25 +133,62 @@ def _measured(entry: Model) -> Row:
     count = len(norms(model))
     truth = _observed(model, entry, compared)
     start = time.perf_counter()
-    reasons = Counter(d.reason.value for d in plan.kept if d.reason is not None)
+    kept = [d for d in plan.kept if d.reason is not None and not d.affine]
+    reasons = Counter(d.reason.value for d in kept)
     folds = plan.compiled.folds
+    norm_folds = [fold for fold in folds if not fold.layer.chain]
+    more = _Beyond.of(model, recorded, len(norm_folds)) if kept else _Beyond()
+    affines = sum(d.affine for d in plan.decisions)
     del plan  # it holds the tensors that a fold in place replaces
     folded = _folded(model, folds)
     seconds += time.perf_counter() - start
     del model
-    if len(norms(folded)) != count - len(folds):
+    error = float(f"{difference(_observed(folded, entry, compared), truth):.1e}")
+    if len(norms(folded)) != count - len(norm_folds):
         note = f"{len(norms(folded))} norm layers are left; {note}"
     return Row(
         entry.name,
         count,
-        len(folds),
+        len(norm_folds),
+        sum(fold.forward for fold in norm_folds),
+        sum(bool(fold.via) for fold in norm_folds),
+        more.padded,
+        more.merged,
+        affines,
+        len(folds) - len(norm_folds),
         " ".join(f"{reason}:{n}" for reason, n in sorted(reasons.items())),
         oracle_counts().get(entry.name, ""),
         fx_folded,
-        float(f"{difference(_observed(folded, entry, compared), truth):.1e}"),
+        max(error, more.difference(entry, compared, truth)),
         round(seconds, 2),
         note,
     )
+
+
+@dataclass(frozen=True)
+class _Beyond:
+    """What folds where padded convolutions may pad with other values and branches may merge."""
+
+    padded: int = 0
+    merged: int = 0
+    model: nn.Module | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, recorded: Any, folded: int) -> _Beyond:
+        """With both options; what `folded` counts goes without them."""
+        plan = bntools.plan_fold(model, recorded, pad_forward=True)
+        padded = sum(not d.affine for d in plan.folds) - folded
+        if sum(p.numel() for p in model.parameters()) >= _GIANT:
+            return cls(padded)
+        result = bntools.fold(model, recorded, plan=plan, merge_branches=True)
+        left = len(norms(result.model))
+        return cls(padded, len(norms(model)) - left - folded - padded, result.model)
+
+    def difference(self, entry: Model, inputs: Any, truth: list[Tensor]) -> float:
+        """How far its outputs are from the truth."""
+        if self.model is None:
+            return 0.0
+        return float(f"{difference(_observed(self.model, entry, inputs), truth):.1e}")
 
 
 def write(rows: dict[str, Row], path: Path) -> None:
@@ -169,7 +219,7 @@ def _folded(model: nn.Module, folds: Sequence[NormFold]) -> nn.Module:
 
 
 def _miscounted(model: nn.Module, plan: Plan) -> str:
-    planned = Counter(d.path for d in plan.decisions)
+    planned = Counter(d.path for d in plan.decisions if not d.affine)
     twice = [path for path, n in planned.items() if n > 1]
     missing = sorted(norms(model).keys() ^ planned.keys())
     said = [f"planned twice: {twice}"] if twice else []
@@ -214,14 +264,18 @@ def _fx_folded(model: nn.Module) -> str:
 
 def _failed(entry: Model, error: Exception) -> Row:
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return Row(entry.name, 0, 0, "", oracle_counts().get(entry.name, ""), "", math.inf, 0.0, why)
+    nothing = (0,) * 8
+    return Row(
+        entry.name, *nothing, "", oracle_counts().get(entry.name, ""), "", math.inf, 0.0, why
+    )
 
 
 def read(path: Path) -> dict[str, Row]:
     """Read a table that `write` wrote; one that is not there is empty."""
     if not path.exists():
         return {}
-    types = {"norms": int, "folded": int, "error": float, "seconds": float}
+    numbers = {f.name: int for f in fields(Row) if f.type == "int"}
+    types = {**numbers, "error": float, "seconds": float}
     with path.open(newline="") as file:
         found = [
             Row(**{key: types.get(key, str)(value) for key, value in line.items()})
@@ -232,10 +286,11 @@ def read(path: Path) -> dict[str, Row]:
 
 def summary(rows: Sequence[Row]) -> str:
     """The table in short, as in the README: one line per collection."""
-    lines = [
-        "| | models | norm layers | folded | oracle, of | fx fuse | fx fails | worst error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "", "models", "norm layers", "folded", "forward", "through", "+ padded", "+ merged",
+        "affines", "oracle, of", "fx fuse", "fx fails", "worst error",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     groups = {
         "torchvision": [
             r for r in rows if r.model.startswith("torchvision") and "+" not in r.model
@@ -250,7 +305,11 @@ def summary(rows: Sequence[Row]) -> str:
         traced = [int(row.fx_folded) for row in group if row.fx_folded.isdigit()]
         lines.append(
             f"| {name} | {len(group)} | {sum(r.norms for r in group):,} |"
-            f" **{sum(r.folded for r in group):,}** | {oracle}, {norms_counted:,} |"
+            f" **{sum(r.folded for r in group):,}** | {sum(r.forward for r in group)} |"
+            f" {sum(r.through for r in group)} | {sum(r.padded for r in group)} |"
+            f" {sum(r.merged for r in group)} |"
+            f" {sum(r.affines_folded for r in group):,} of {sum(r.affines for r in group):,} |"
+            f" {oracle}, {norms_counted:,} |"
             f" {sum(traced):,} | {len(group) - len(traced)} |"
             f" {max((r.error for r in group), default=0.0):.1e} |"
         )

@@ -11,7 +11,15 @@ from bntools.modules import is_unmade, named_modules
 from bntools.registry import norm_rule
 from bntools.report import Reason
 
-__all__ = ["BatchNorm", "Ownership", "editing_refusal", "has_hooks", "is_norm_layer", "norm_layers"]
+__all__ = [
+    "BatchNorm",
+    "Ownership",
+    "editing_refusal",
+    "has_hooks",
+    "is_norm_layer",
+    "may_have_chains",
+    "norm_layers",
+]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the base of all has no other name
 _STANDARD = (BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -69,6 +77,18 @@ def is_norm_layer(module: nn.Module) -> bool:
     if isinstance(module, BatchNorm) or norm_rule(module) is not None:
         return True
     return _scripted_name(module) in _BATCH_NORM_NAMES
+
+
+def may_have_chains(model: nn.Module) -> bool:
+    """Whether a module that is none of torch's holds a tensor, or could be arithmetic alone."""
+    for _, module in named_modules(model):
+        own = not type(module).__module__.startswith("torch.nn.modules.")
+        if own and not isinstance(module, torch.jit.ScriptModule):
+            attributes = (*module._parameters.values(), *module._buffers.values())
+            plain = (isinstance(value, Tensor) for value in module.__dict__.values())
+            if not module._modules or any(t is not None for t in attributes) or any(plain):
+                return True
+    return False
 
 
 def norm_layers(model: nn.Module) -> tuple[NormLayer, ...]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bntools.absorb import OutputLayout
-from bntools.dataflow.graph import Linear, Move, Value
+from bntools.absorb import InputLayout, OutputLayout
+from bntools.dataflow.graph import ELSEWHERE, ZERO, Entry, Kind, Linear, Move, Pass, Sum, Value
+from bntools.dataflow.passing import PASSING_OPS, SUM_OPS, passing_call, sum_call
 
 __all__ = [
     "ACTIVATION_OPS",
@@ -22,6 +23,7 @@ __all__ = [
     "literals",
     "move",
     "operation",
+    "passing",
     "tensors_of",
 ]
 
@@ -36,6 +38,8 @@ _WHOLE = {
 _PARTIAL = {
     "slice", "select", "split", "split_with_sizes", "unbind", "narrow", "chunk", "index_select",
     "index", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "diagonal",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
 }  # fmt: skip
 _VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 _UNCHANGED = {"clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "_to_copy", "contiguous"}
@@ -67,7 +71,7 @@ class Operation:
     name: str
     writes: tuple[int | str, ...]
     random: bool
-    kind: str  # "linear", "norm", "move" or "opaque"
+    kind: str  # "linear", "norm", "move", "pass", "sum" or "opaque"
     shape_only: bool
 
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -96,7 +100,7 @@ def operation(func: Any) -> Operation:
         name,
         tuple(writes),
         torch.Tag.nondeterministic_seeded in func.tags,
-        _kind(func, name, writes=bool(writes)),
+        _kind(func, name, writes),
         name in _SHAPE_ONLY,
     )
 
@@ -117,16 +121,37 @@ def tensors_of(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def _kind(func: Any, name: str, *, writes: bool) -> str:
+def _kind(func: Any, name: str, writes: Sequence[int | str]) -> str:
     if func.namespace != "aten":
         return "opaque"
     if name in _BATCH_NORMS:
         return "norm"
+    if not writes or writes == [0]:  # in place: a new version of the first argument
+        base = name.removesuffix("_")
+        if base in PASSING_OPS or base in SUM_OPS:
+            return "pass" if base in PASSING_OPS else "sum"
     if writes:
         return "opaque"
     if name in ("convolution", "addmm", "mm"):
         return "linear"
     return "move" if name in _WHOLE or name in _PARTIAL else "opaque"
+
+
+def passing(
+    known: Operation, args: Sequence[Any], kwargs: dict[str, Any], inputs: Sequence[Value]
+) -> tuple[Kind, Pass | Sum] | None:
+    """What a call is that an affine may pass; None for one that it cannot, or of constants."""
+    if known.kind not in ("pass", "sum") or all(value.constant for value in inputs):
+        return None
+    if not all(tensor.dtype.is_floating_point for tensor in tensors_of(args, kwargs)):
+        return None
+    name = known.name.removesuffix("_")
+    if known.kind == "pass":
+        through = passing_call(name, args, kwargs)
+        fits = through is not None and all(value.constant for value in inputs[1:])
+        return (Kind.PASS, through) if through is not None and fits else None
+    total = sum_call(name, args, kwargs, inputs)
+    return (Kind.SUM, total) if total is not None else None
 
 
 def linear_call(
@@ -139,14 +164,17 @@ def linear_call(
     if name == "convolution":
         weight, bias = args[1:3]
         layout = OutputLayout(1, args[8]) if args[6] else OutputLayout()
-        return Linear(value(weight), value(bias) if bias is not None else None, layout, 1)
+        own = value(bias) if bias is not None else None
+        return Linear(value(weight), own, layout, 1, entry=_convolution_entry(args))
     if name == "linear":
         given = [*args, *(kwargs.get(key) for key in _LINEAR[len(args) :])]
         data, weight, bias = given[0], given[1], given[2]
         if weight.dim() != 2:
             return None
         own = value(bias) if bias is not None else None
-        return Linear(value(weight), own, OutputLayout(), data.dim() - 1)
+        position = next(i for i, t in enumerate(tensors_of(args, kwargs)) if t is data)
+        entry = Entry(position, data.dim() - 1, InputLayout())
+        return Linear(value(weight), own, OutputLayout(), data.dim() - 1, entry=entry)
     if name == "addmm":
         bias, data, weight = args[:3]
         if kwargs.get("beta", 1) != 1 or kwargs.get("alpha", 1) != 1 or bias.dim() != 1:
@@ -157,7 +185,23 @@ def linear_call(
         return None
     used, axis = _untransposed(value(weight))
     own = value(bias) if bias is not None else None
-    return Linear(used, own, OutputLayout(axis), 1)
+    entry = Entry(1 if name == "addmm" else 0, 1, InputLayout(1 - axis))
+    return Linear(used, own, OutputLayout(axis), 1, entry=entry)
+
+
+def _convolution_entry(args: Sequence[Any]) -> Entry:
+    """How `aten::convolution` takes its data."""
+    weight, stride, padding, dilation, transposed, output_padding, groups = args[1], *args[3:9]
+    if not transposed:
+        even = not any(padding)
+        zeros = tuple(padding) * (1 if len(padding) > 1 else weight.dim() - 2)
+        return Entry(0, 1, InputLayout(1, groups), even, () if even else zeros)
+    kernel = weight.shape[2:]
+    dilation, padding = (list(x) * (1 if len(x) > 1 else len(kernel)) for x in (dilation, padding))
+    sizes = zip(padding, dilation, kernel, strict=True)
+    covered = all(zeros >= step * (size - 1) for zeros, step, size in sizes)
+    even = covered and not any(output_padding) and all(step == 1 for step in stride)
+    return Entry(0, 1, InputLayout(0, groups), even)
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -210,7 +254,7 @@ def move(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> M
         if name in _VIEWS:
             return [labels[0].reshape(rest[0])]
         if name == "constant_pad_nd":
-            return [func(labels[0], rest[0], -1)]
+            return [func(labels[0], rest[0], ELSEWHERE if any(rest[1:]) else ZERO)]
         result = func(list(labels) if joins else labels[0], *rest, **kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 

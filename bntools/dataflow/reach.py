@@ -1,33 +1,35 @@
-"""Following values through data movement: where they come from, where they go, which channel."""
+"""Following values through what an affine may pass: where they come from and where they go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-from torch import Tensor
-
-from bntools.affine import Affine
 from bntools.dataflow.graph import Graph, Kind, Node, Value
+from bntools.dataflow.passing import ZERO_OPS
 from bntools.report import Reason
 
 __all__ = [
     "End",
+    "Origins",
     "Reach",
     "Refused",
-    "affines_at",
     "bias_beside",
+    "carried",
+    "crosses",
     "describe",
-    "meets",
-    "passes",
+    "is_idle",
+    "is_zero",
+    "origins",
     "reach",
+    "results",
     "sources",
     "weight_name",
     "weight_uses",
 ]
 
+_MIXING = (Kind.PASS, Kind.SUM)
 _WEIGHT_MOVES = {"t", "_to_copy", "detach", "alias", "clone"}
 
 
@@ -42,7 +44,7 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer, no error
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A value of a host's that something other than movement uses.
+    """A value on the way from somewhere, and an operation on it that is not part of the way.
 
     `partial` says that the way there may have dropped channels.
     """
@@ -54,40 +56,74 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Everything that movement makes of some values, and who uses it."""
+    """Everything that some values become on the way, and who else uses any of it."""
 
     ends: tuple[End, ...]
-    moves: frozenset[Node]
+    nodes: frozenset[Node]
 
 
-def passes(node: Node, folded: Set[Node]) -> bool:
-    """Whether an operation only moves data, once the folded norms are gone."""
-    return node.kind is Kind.MOVE or node in folded
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Where a value comes from: linear calls, and parameters that are added on the way.
+
+    `nodes` are the operations in between.
+    """
+
+    hosts: tuple[Node, ...]
+    constants: tuple[Value, ...]
+    nodes: frozenset[Node]
 
 
-def data_inputs(node: Node) -> Sequence[Value]:
-    """The values that an operation moves; a norm moves its first input only."""
-    return node.inputs[:1] if node.kind is Kind.AFFINE else node.inputs
+def crosses(node: Node, folded: Set[Node], through: Set[Node] | None = frozenset()) -> bool:
+    """Whether a way leads through an operation: movement, norms that are gone, and more.
+
+    Pooling, sums and the like count where they are in `through`; all of them where it is None.
+    """
+    if node.kind is Kind.MOVE or node in folded:
+        return True
+    return node.kind in _MIXING and (through is None or node in through)
+
+
+def carried(node: Node) -> Sequence[Value]:
+    """The values that an operation carries on: a norm and a PASS have one."""
+    return node.inputs if node.kind in (Kind.MOVE, Kind.SUM) else node.inputs[:1]
 
 
 def sources(value: Value, folded: Set[Node]) -> list[Node]:
-    """The linear calls from which a value comes through movement alone, or `Refused`."""
-    found: dict[Node, None] = {}
+    """The linear calls from which a value comes, or `Refused`."""
+    return list(origins(value, folded).hosts)
+
+
+def origins(value: Value, folded: Set[Node]) -> Origins:
+    """Where a value comes from, through all that an affine may pass, or `Refused`."""
+    hosts: dict[Node, None] = {}
+    constants: dict[Value, None] = {}
+    nodes: dict[Node, None] = {}
     seen: set[Value] = set()
     stack = [value]
     while stack:
         item = stack.pop()
-        if item in seen:
+        if item in seen or is_zero(item):
             continue
         seen.add(item)
         node = item.producer
-        if node is not None and passes(node, folded):
-            stack.extend(data_inputs(node))
-        elif node is not None and node.kind is Kind.LINEAR:
-            found[node] = None
+        if node is not None and node.kind is Kind.LINEAR:
+            hosts[node] = None
+        elif node is not None and crosses(node, folded, None):
+            nodes[node] = None
+            stack.extend(carried(node))
+        elif item.parameter is not None:
+            constants[item] = None
         else:
             raise Refused(Reason.NOT_AFTER_LINEAR, f"it follows {_origin(item)}")
-    return list(found)
+    if not hosts:
+        raise Refused(Reason.NOT_AFTER_LINEAR, f"it follows {_origin(value)}")
+    return Origins(tuple(hosts), tuple(constants), frozenset(nodes))
+
+
+def is_zero(value: Value) -> bool:
+    """Whether a value is made of zeros."""
+    return value.producer is not None and value.producer.name in ZERO_OPS
 
 
 def _origin(value: Value) -> str:
@@ -103,14 +139,15 @@ def describe(node: Node) -> str:
     if node.kind is Kind.OUTPUT:
         return node.name
     if node.kind is Kind.AFFINE:
-        return f"the norm layer {node.norm.owner}"
+        what = "the affine" if node.name.startswith("affine (") else "the norm layer"
+        return f"{what} {node.norm.owner}"
     return f"{node.name.strip('_')} in {node.module or 'the model itself'}"
 
 
-def reach(value: Value, folded: Set[Node]) -> Reach:
-    """Follow a value forward through movement to everything that uses it."""
+def reach(value: Value, folded: Set[Node], through: Set[Node] | None = frozenset()) -> Reach:
+    """Follow a value forward to everything that uses it, or what becomes of it (see `crosses`)."""
     ends: dict[tuple[Node, Value], bool] = {}
-    moves: set[Node] = set()
+    nodes: set[Node] = set()
     seen: dict[Value, bool] = {}
     stack = [(value, False)]
     while stack:
@@ -119,123 +156,23 @@ def reach(value: Value, folded: Set[Node]) -> Reach:
             continue
         seen[item] = partial
         for node in item.consumers:
-            if passes(node, folded) and item in data_inputs(node):
-                moves.add(node)
+            if crosses(node, folded, through) and item in carried(node):
+                nodes.add(node)
                 cut = partial or (node.kind is Kind.MOVE and node.move.partial)
-                stack.extend((out, cut) for out in _moved(node))
-            else:
+                stack.extend((out, cut) for out in results(node))
+            elif not node.idle:
                 ends[node, item] = ends.get((node, item), True) and partial
-    return Reach(tuple(End(n, v, p) for (n, v), p in ends.items()), frozenset(moves))
+    return Reach(tuple(End(n, v, p) for (n, v), p in ends.items()), frozenset(nodes))
 
 
-def _moved(node: Node) -> Sequence[Value]:
-    return node.outputs[:1] if node.kind is Kind.AFFINE else node.outputs
+def results(node: Node) -> Sequence[Value]:
+    """What an operation makes of the values that it carries on."""
+    return node.outputs if node.kind is Kind.MOVE else node.outputs[:1]
 
 
-class Labels:
-    """Which channel of which linear call each element of a value is.
-
-    Channels of all calls are numbered through; the movement itself is carried out on the numbers.
-    -1 is an element from elsewhere, such as padding.
-    """
-
-    def __init__(self, hosts: Iterable[Node], folded: Set[Node]) -> None:
-        self._folded = folded
-        self._known: dict[Value, Tensor] = {}
-        self.offsets: dict[Node, range] = {}
-        start = 0
-        for host in hosts:
-            value = host.outputs[0]
-            axis = host.linear.channel_dim
-            count = value.shape[axis]
-            self.offsets[host] = range(start, start + count)
-            numbers = torch.arange(start, start + count, dtype=torch.float32, device="cpu")
-            view = [count if i == axis else 1 for i in range(len(value.shape))]
-            self._known[value] = numbers.reshape(view).expand(value.shape)
-            start += count
-
-    def of(self, value: Value) -> Tensor:
-        """The labels of a value, in its shape."""
-        pending = [value]
-        while pending:
-            item = pending[-1]
-            if item in self._known:
-                pending.pop()
-                continue
-            node = item.producer
-            if node is None or not passes(node, self._folded):
-                self._known[item] = torch.tensor(-1.0, device="cpu").expand(item.shape)
-                continue
-            missing = [v for v in data_inputs(node) if v not in self._known]
-            if missing:
-                pending.extend(missing)
-                continue
-            self._apply(node)
-        return self._known[value]
-
-    def _apply(self, node: Node) -> None:
-        inputs = [self._known[v] for v in data_inputs(node)]
-        results = inputs if node.kind is Kind.AFFINE else node.move.apply(inputs)
-        for out, labels in zip(_moved(node), results, strict=True):
-            self._known[out] = labels
-
-
-def affines_at(site: Node, hosts: Sequence[Node], folded: Set[Node]) -> dict[Node, Affine]:
-    """What each host has to absorb: the norm's affine, by the host's own channels.
-
-    Refused where an element is not from a host, or a channel of a host meets two of the norm's.
-    """
-    affine = cast("Affine", site.norm.affine)
-    value, dim = site.inputs[0], site.norm.channel_dim
-    if len(value.shape) <= dim or value.shape[dim] != affine.channels:
-        raise Refused(Reason.CHANNEL_MISMATCH, "its input has no such channel axis")
-    if len(hosts) == 1 and hosts[0].outputs[0] is value and hosts[0].linear.channel_dim == dim:
-        return {hosts[0]: affine}
-    if not all(0 not in host.outputs[0].shape for host in hosts) or 0 in value.shape:
-        raise Refused(Reason.CHANNEL_MISMATCH, "it saw no elements that show its channels")
-    labels = Labels(hosts, folded)
-    target = _norm_channels(labels.of(value), dim, labels)
-    return {
-        host: _by_host(affine, target[numbers.start : numbers.stop])
-        for host, numbers in labels.offsets.items()
-    }
-
-
-def _norm_channels(seen: Tensor, dim: int, labels: Labels) -> Tensor:
-    """For every numbered channel the norm's channel that it meets, or -1."""
-    flat = seen.movedim(dim, 0).flatten(1).long()
-    if bool((flat < 0).any()):
-        raise Refused(Reason.NOT_AFTER_LINEAR, "part of what it sees is padding")
-    total = max(numbers.stop for numbers in labels.offsets.values())
-    target = torch.full((total,), -1, device="cpu")
-    rows = torch.arange(flat.shape[0], device="cpu").unsqueeze(1).expand_as(flat)
-    target[flat.flatten()] = rows.flatten()
-    if bool((target[flat] != rows).any()):
-        raise Refused(
-            Reason.CHANNEL_MISMATCH, "its channels are not the output channels of the layer before"
-        )
-    return target
-
-
-def _by_host(affine: Affine, target: Tensor) -> Affine:
-    result = Affine.identity(target.numel())
-    met = target >= 0
-    result.scale[met] = affine.scale[target[met]]
-    result.shift[met] = affine.shift[target[met]]
-    return result
-
-
-def meets(end: End, host: Node, sites: Sequence[Node], folded: Set[Node]) -> bool:
-    """Whether another user of a host's output sees a channel that the norm sees as well."""
-    if not end.partial or 0 in end.value.shape:
-        return True
-    labels = Labels([host], folded)
-    others = labels.of(end.value).flatten()
-    for site in sites:
-        mine = labels.of(site.inputs[0]).flatten()
-        if bool(torch.isin(mine[mine >= 0], others).any()):
-            return True
-    return False
+def is_idle(value: Value) -> bool:
+    """Whether nothing comes of a value."""
+    return all(node.idle for node in value.consumers)
 
 
 def _is_only_the_weight(node: Node, value: Value) -> bool:

@@ -115,7 +115,10 @@ def _patched_calls(tape: Tape) -> Iterator[None]:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees what the dispatcher does not: tensors that become numbers, and `F.linear` as a whole."""
+    """Sees what the dispatcher does not: tensors that become numbers, and some functions whole.
+
+    These are `F.linear` and circular padding.
+    """
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -128,15 +131,27 @@ class _Functions(TorchFunctionMode):
         leaving = _LEAVING.get(func)
         if leaving is not None:
             self.tape.use(leaving, [args[0]])
-        if func is not nn.functional.linear or types or _wrapped((args, kwargs)):
+        whole = func is nn.functional.linear or _pads_around(func, args, kwargs)
+        plain = all(each is torch.Tensor for each in types)
+        if not (whole and plain) or _wrapped((args, kwargs)):
             out = func(*args, **kwargs)
             if func == _SET_DATA:  # a new object on every look-up
                 self.tape.overwrite(args[0], args[1])
             return out
         start = self.tape.position
         out = func(*args, **kwargs)
-        self.tape.linear_function(start, args, kwargs, out)
+        if func is nn.functional.linear:
+            self.tape.linear_function(start, args, kwargs, out)
+        else:
+            self.tape.circular_pad(start, args[0], args[1], out)
         return out
+
+
+def _pads_around(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function pads with what is at the other end, which ATen does by writing slices."""
+    if func is not nn.functional.pad or len(args) < 2 or not isinstance(args[0], torch.Tensor):
+        return False
+    return (args[2] if len(args) > 2 else kwargs.get("mode")) == "circular"
 
 
 def _wrapped(arguments: Any) -> bool:

@@ -8,19 +8,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bntools.absorb import OutputLayout
 from bntools.affine import Affine
-from bntools.dataflow.graph import Frame, Graph, Kind, Linear, Node, Norm, Value
+from bntools.dataflow.graph import (
+    WRITTEN_ALIAS,
+    Entry,
+    Frame,
+    Graph,
+    Kind,
+    Linear,
+    Move,
+    Node,
+    Norm,
+    Value,
+)
 from bntools.dataflow.layers import Ownership, norm_layers
+from bntools.dataflow.noting import NOTED, Notes
 from bntools.dataflow.operations import (
-    ACTIVATION_OPS,
     batch_norm_call,
     linear_call,
     literals,
     move,
     operation,
+    passing,
     tensors_of,
 )
 from bntools.dataflow.versions import Versions
@@ -66,6 +79,7 @@ class Tape:
         self.owners = Ownership(model)
         self._calls: list[tuple[str, list[Value]]] | None = [] if calls else None
         self.layers = norm_layers(model)
+        self._notes = Notes(model, self.owners)
         self._versions = Versions(self.owners)
         self._nodes: list[Node] = []
         self._frames: dict[str, list[Frame]] = {}
@@ -89,10 +103,13 @@ class Tape:
             late.node.detail = norm
         for node in self._nodes:
             node.inputs = [self._dropped.get(value, value) for value in node.inputs]
-        owners = self.owners
+        owners, parameters = self.owners, self._versions.parameters
+        nodes, frames, layers = self._notes.read(
+            self._nodes, self._frames, self.layers, parameters, self._dropped
+        )
         calls = tuple((path, tuple(values)) for path, values in self._calls or ())
         return Graph(
-            self._nodes, self._frames, self.layers, self._versions.parameters, owners.tensors,
+            nodes, frames, layers, parameters, owners.tensors,
             owners.owners, owners.tied, frozenset(owners.absent), frozenset(owners.sealed),
             calls,
         ).link()  # fmt: skip
@@ -112,6 +129,8 @@ class Tape:
             relatives = [self.value(alias) for alias in self._versions.aliases(tensor)]
             if relatives:
                 self._add(Kind.OPAQUE, "an unrecorded alias", relatives, value)
+            else:
+                self._notes.stranger(tensor, value)
             self._versions.bind(tensor, value)
         return value
 
@@ -135,6 +154,7 @@ class Tape:
         known = operation(func)
         inputs = [] if known.shape_only else [self.value(t) for t in tensors_of(args, kwargs)]
         node = self._classify(func, args, kwargs, inputs)
+        node.literals = literals(args, kwargs)
         node.writes = [self.value(tensor) for tensor in written]
         constant = not known.random and all(value.constant for value in inputs)
         for tensor in (*written, *(t for t in _results(out) if not _among(t, written))):
@@ -142,6 +162,8 @@ class Tape:
             node.outputs.append(value)
             self._versions.bind(tensor, value)
         self._nodes.append(node)
+        if known.name in NOTED or (known.kind == "norm" and node.kind is Kind.OPAQUE):
+            self._notes.operation(node, func, args, kwargs, out)
         for tensor in written:
             for alias in self._versions.aliases(tensor):
                 if not _among(alias, written):
@@ -154,6 +176,14 @@ class Tape:
             inputs = [self.value(tensor) for tensor in tensors_in((args, kwargs))]
             node = self._node(Kind.LINEAR, "linear", inputs, found)
             self._replace(start, [node], self.value(out))
+
+    def circular_pad(self, start: int, data: Tensor, pads: Sequence[int], out: Tensor) -> None:
+        """Replace the operations of one circular padding by one MOVE node."""
+        if not data.dtype.is_floating_point:
+            return
+        detail = Move(lambda x: [F.pad(x[0], list(pads), mode="circular")], partial=False)
+        node = self._node(Kind.MOVE, "circular_pad", [self.value(data)], detail)
+        self._replace(start, [node], self.value(out))
 
     def _classify(self, func: Any, args: Sequence[Any], kwargs: Any, inputs: list[Value]) -> Node:
         known = operation(func)
@@ -170,10 +200,10 @@ class Tape:
             if all(value.constant for value in inputs[data:]):
                 detail = move(func, known.name, args, kwargs)
                 return self._node(Kind.MOVE, known.name, inputs[:data], detail)
-        node = self._node(Kind.OPAQUE, known.name, inputs)
-        if known.name.rstrip("_") in ACTIVATION_OPS:
-            node.literals = literals(args, kwargs)
-        return node
+        through = passing(known, args, kwargs, inputs)
+        if through is not None:
+            return self._node(through[0], known.name, inputs, through[1])
+        return self._node(Kind.OPAQUE, known.name, inputs)
 
     def _norm(self, name: str, args: Sequence[Any]) -> Norm | None:
         call = batch_norm_call(name, args)
@@ -192,7 +222,7 @@ class Tape:
 
     def _rewritten(self, alias: Tensor, by: Value) -> None:
         value = Value(tuple(alias.shape))
-        self._add(Kind.OPAQUE, "a write through an alias", [self.value(alias), by], value)
+        self._add(Kind.OPAQUE, WRITTEN_ALIAS, [self.value(alias), by], value)
         self._versions.bind(alias, value)
 
     def _node(self, kind: Kind, name: str, inputs: list[Value], detail: Any = None) -> Node:
@@ -222,11 +252,13 @@ class Tape:
         """Run a module's call, and note what a planner has to know about it."""
         whole = path in self._watched or host_rule(module) is not None
         inputs: list[Value] = []
-        if module._forward_pre_hooks or whole:
+        if module._forward_pre_hooks or module._forward_hooks or whole:
             inputs = self._seen((args, kwargs))
-        if module._forward_pre_hooks:
-            self._add(Kind.OUTPUT, f"a forward pre-hook of {path or 'the model'}", inputs)
-        start = self.position
+        if module._forward_pre_hooks or module._forward_hooks:  # both are given the arguments
+            which = "pre-hook" if module._forward_pre_hooks else "hook"
+            self._add(Kind.OUTPUT, f"a forward {which} of {path or 'the model'}", inputs)
+        start, noted = self.position, self._notes.position
+        self._notes.called(path)
         caller = self._stack
         self._stack = (*caller, path)
         try:
@@ -241,11 +273,23 @@ class Tape:
                 inputs = outputs = []  # an Identity would give something else
             frame = Frame(path, tuple(inputs), tuple(outputs), start, self.position, caller)
             self._frames.setdefault(path, []).append(frame)
+        if self._notes.did_arithmetic(path, noted):
+            self._notes.frame(self._own_frame(path, start, args, kwargs, out))
         if self._calls is not None:
             self._calls.append((path, self._seen(out)))
         if module._forward_hooks:
             self.use(f"a forward hook of {path or 'the model'}", tensors_in(out))
         return out
+
+    def _own_frame(self, path: str, start: int, args: Any, kwargs: Any, out: Any) -> Frame:
+        """The call that has just ended; inputs as they were before it wrote to them."""
+        inputs, outputs = self._seen(args), self._seen(out)
+        for node in reversed(self._nodes[start:]):
+            if len(inputs) == len(node.writes) == 1 and inputs[0] in node.outputs:
+                inputs = node.writes
+        if kwargs or not isinstance(out, Tensor) or not _only_tensors(args, {}):
+            inputs = outputs = []  # an Identity would take or give something else
+        return Frame(path, tuple(inputs), tuple(outputs), start, self.position, self._stack)
 
     def _seen(self, values: Any) -> list[Value]:
         """The values of the tensors in arguments or results."""
@@ -259,7 +303,9 @@ class Tape:
         inside = self._nodes[start:]
         norm, host = norm_rule(module), host_rule(module)
         if host is not None:
-            linear = Linear(None, None, OutputLayout(), host.channel_dim % len(out.shape), path)
+            entry = None if host.before is None else Entry(0, host.input_dim(len(data.shape)))
+            axis = host.channel_dim % len(out.shape)
+            linear = Linear(None, None, OutputLayout(), axis, path, entry)
             nodes = [Node(Kind.LINEAR, type(module).__name__, [data], [], path, linear)]
         elif norm is not None and not any(n.kind is Kind.AFFINE for n in inside):
             nodes = [Node(Kind.AFFINE, type(module).__name__, [data], [], path)]

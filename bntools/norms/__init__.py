@@ -23,9 +23,19 @@ from bntools.norms.frozen import (
     is_frozen,
 )
 from bntools.norms.layernorm import ChannelLayerNorm
+from bntools.norms.padding import (
+    ChannelPadConv1d,
+    ChannelPadConv2d,
+    ChannelPadConv3d,
+    pad_channels,
+    padding_of,
+)
 
 __all__ = [
     "ChannelLayerNorm",
+    "ChannelPadConv1d",
+    "ChannelPadConv2d",
+    "ChannelPadConv3d",
     "EvoNorm1dB0",
     "EvoNorm1dS0",
     "EvoNorm2dB0",
@@ -42,4 +52,6 @@ __all__ = [
     "FrozenEvoNorm3dB0",
     "FrozenSyncBatchNorm",
     "is_frozen",
+    "pad_channels",
+    "padding_of",
 ]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bntools.norms.frozen import Frozen, freeze_module, thawed_class, unfreeze_module
+from bntools.norms.handwritten import neutralised, to_batch_norm_module
+from bntools.norms.padding import pad_channels_edit
 
 __all__ = ["CHANGES", "FORMS", "from_frozen_batchnorm", "to_batch_norm", "to_frozen_batchnorm"]
 
@@ -127,4 +129,7 @@ CHANGES: dict[str, Callable[[nn.Module, Mapping[str, Any]], nn.Module]] = {
     "freeze": _frozen,
     "unfreeze": _unfrozen,
     "unsync": _unsynced,
+    "pad-channels": pad_channels_edit,
+    "neutralise": neutralised,
+    "to-batchnorm": to_batch_norm_module,
 }

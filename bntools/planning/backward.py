@@ -1,26 +1,21 @@
 """Whether a norm layer folds backward into its hosts, on one graph.
 
-A norm folds into a linear layer (its host) when all that the norm sees comes from hosts through
-data movement, each channel unmixed, and nobody else sees those channels before the norm.
+A norm folds into linear layers (its hosts) when all that the norm sees comes from them through
+operations that its affine passes, each channel unmixed, and nobody else sees those channels before
+the norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from bntools.affine import Affine
-from bntools.dataflow.graph import Kind, Node, NormLayer
-from bntools.dataflow.reach import (
-    Refused,
-    affines_at,
-    describe,
-    meets,
-    passes,
-    reach,
-    sources,
-)
-from bntools.planning.folds import NormFold
+from bntools.dataflow.graph import Kind, Node, NormLayer, Value
+from bntools.dataflow.reach import End, Origins, Refused, crosses, describe, origins, reach
+from bntools.planning.constants import constant_folds
+from bntools.planning.folds import HostFold, NormFold
 from bntools.planning.hosts import host_folds
+from bntools.planning.passage import Passage
 from bntools.planning.state import PlanState
 from bntools.report import Reason
 
@@ -30,37 +25,64 @@ __all__ = ["fold_backward"]
 def fold_backward(state: PlanState, layer: NormLayer) -> NormFold:
     """The fold of one norm layer into what comes before it, or `Refused`."""
     sites = state.sites[layer.path]
-    origins = {site: sources(site.inputs[0], state.folded) for site in sites}
-    via: set[str] = set()
-    for site, hosts in origins.items():
-        for host in hosts:
-            via |= _exclusive(state, host, site, sites)
-    _not_written_through(state, origins)
-    _not_by_stride(state, origins)
-    affines: dict[Node, Affine] = {}
-    for site, hosts in origins.items():
-        for node, affine in affines_at(site, hosts, state.folded).items():
-            if not affines.setdefault(node, affine).same_as(affine):
-                raise Refused(Reason.CHANNEL_MISMATCH, "its calls see the channels differently")
+    found = {site: origins(site.inputs[0], state.folded) for site in sites}
+    passages = [Passage(state, site, origin) for site, origin in found.items()]
+    for passage in passages:
+        _exclusive(state, passage, sites)
+    _not_written_through(state, found)
+    _not_by_stride(state, found)
+    via = {n.name.strip("_") for o in found.values() for n in o.nodes if n.kind is not Kind.AFFINE}
     detail = f"through {', '.join(sorted(via))}" if via else ""
-    return NormFold(layer, host_folds(state, affines), detail, turn=len(state.folded))
+    return NormFold(layer, _hosts(state, passages), detail, turn=len(state.folded))
 
 
-def _exclusive(state: PlanState, host: Node, site: Node, sites: Sequence[Node]) -> set[str]:
-    """Nobody but this norm may see what it sees of the host; returns the moves in between."""
-    reached = reach(host.outputs[0], state.folded)
-    for end in reached.ends:
-        if end.node in sites and end.value is end.node.inputs[0]:
-            continue
-        if meets(end, host, [site], state.folded):
-            raise Refused(*_other_use(host, end.node))
-    return {move.name.strip("_") for move in reached.moves if move.kind is Kind.MOVE}
+def _hosts(state: PlanState, passages: Sequence[Passage]) -> tuple[HostFold, ...]:
+    """What each host absorbs; in a sum, another layer takes the shift where one has no bias."""
+    choices = max(passage.choices for passage in passages)
+    for choice in range(choices):
+        affines = _affines(passages, choice)
+        hosts = {value.producer: a for value, a in affines.items() if _is_host(value)}
+        constants = {value: a for value, a in affines.items() if not _is_host(value)}
+        try:
+            found = host_folds(state, {node: a for node, a in hosts.items() if node is not None})
+        except Refused as refused:
+            if refused.reason is not Reason.BIAS_NOT_USED or choice + 1 == choices:
+                raise
+        else:
+            return found + constant_folds(state, constants)
+    raise AssertionError("there is always a choice")
 
 
-def _not_written_through(state: PlanState, origins: dict[Node, list[Node]]) -> None:
+def _affines(passages: Sequence[Passage], choice: int) -> dict[Value, Affine]:
+    affines: dict[Value, Affine] = {}
+    for passage in passages:
+        for value, affine in passage.affines(choice).items():
+            if not affines.setdefault(value, affine).same_as(affine):
+                raise Refused(Reason.CHANNEL_MISMATCH, "its calls see the channels differently")
+    return affines
+
+
+def _is_host(value: Value) -> bool:
+    return value.producer is not None and value.producer.kind is Kind.LINEAR
+
+
+def _exclusive(state: PlanState, passage: Passage, sites: Sequence[Node]) -> None:
+    """Nobody but this norm may see what it sees of its hosts."""
+    for value in passage.values:
+        for end in reach(value, state.folded, passage.nodes).ends:
+            if end.node in sites and end.value is end.node.inputs[0]:
+                continue
+            if passage.meets(end):
+                raise Refused(*_other_use(value, end))
+    unseen = passage.outputs_used_besides
+    if unseen is not None:
+        raise Refused(Reason.USED_ELSEWHERE, f"the indices that {describe(unseen)} gives are used")
+
+
+def _not_written_through(state: PlanState, found: Mapping[Node, Origins]) -> None:
     """After the fold, two calls on one tensor, or one on an expanded one, give no copies."""
-    calls = [host for hosts in origins.values() for host in hosts]
-    for site in origins:
+    calls = [host for origin in found.values() for host in origin.hosts]
+    for site in found:
         if len(set(calls)) == len(calls) and not _expanded(site, state.folded):
             continue
         ends = reach(site.outputs[0], state.folded).ends
@@ -69,10 +91,10 @@ def _not_written_through(state: PlanState, origins: dict[Node, list[Node]]) -> N
             raise Refused(Reason.WRITTEN_IN_PLACE, detail)
 
 
-def _not_by_stride(state: PlanState, origins: dict[Node, list[Node]]) -> None:
+def _not_by_stride(state: PlanState, found: Mapping[Node, Origins]) -> None:
     """After the fold, movement before the norm decides on the strides of what it gives."""
-    for site, hosts in origins.items():
-        if any(host.outputs[0] is site.inputs[0] for host in hosts):
+    for site, origin in found.items():
+        if any(host.outputs[0] is site.inputs[0] for host in origin.hosts):
             continue
         for end in reach(site.outputs[0], state.folded).ends:
             if end.node.name == "as_strided":
@@ -82,15 +104,18 @@ def _not_by_stride(state: PlanState, origins: dict[Node, list[Node]]) -> None:
 
 def _expanded(site: Node, folded: Set[Node]) -> bool:
     node = site.inputs[0].producer
-    while node is not None and passes(node, folded):
+    while node is not None and crosses(node, folded):
         if node.name == "expand":
             return True
         node = node.inputs[0].producer
     return False
 
 
-def _other_use(host: Node, user: Node) -> tuple[Reason, str]:
-    what = host.linear.host or host.module or "the layer before"
+def _other_use(value: Value, end: End) -> tuple[Reason, str]:
+    user = end.node
+    if value.parameter is not None:
+        return Reason.TIED_WEIGHT, f"{value.parameter}, which is added, is also used elsewhere"
+    what = _name(value)
     if user.kind is not Kind.OUTPUT:
         return Reason.USED_ELSEWHERE, f"{describe(user)} also uses the output of {what}"
     if "hook" in user.name:
@@ -100,3 +125,10 @@ def _other_use(host: Node, user: Node) -> tuple[Reason, str]:
     if user.name.startswith("kept"):
         return Reason.RETURNED, f"the output of {what} is kept after the forward"
     return Reason.USED_ELSEWHERE, f"the output of {what} leaves the graph by {user.name}"
+
+
+def _name(value: Value) -> str:
+    host = value.producer
+    if host is None:
+        return "the layer before"
+    return host.linear.host or host.module or "the layer before"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
+from functools import partial
+from typing import cast
 
 from bntools.dataflow.graph import Frame, Graph, Kind, Node, NormLayer
 from bntools.dataflow.reach import Refused, describe
 from bntools.planning.backward import fold_backward
-from bntools.planning.folds import NormFold, Outcome
+from bntools.planning.folds import Kept, NormFold, Outcome
+from bntools.planning.forward import fold_forward
+from bntools.planning.options import PlanOptions
 from bntools.planning.state import PlanState
 from bntools.report import Reason
 
 __all__ = ["decide"]
 
+_DEFAULT = PlanOptions()
 _CURE = "teach bntools what it does with register_norm(...)"
 _AFFINE_REASONS = {
     Reason.COMPUTED_AFFINE: "its weight, bias or statistics are computed at run time",
@@ -22,16 +27,33 @@ _AFFINE_REASONS = {
 }
 
 
-def decide(graph: Graph, chosen: Set[str], forced: Mapping[str, Refused]) -> dict[str, Outcome]:
+def decide(
+    graph: Graph,
+    chosen: Set[str],
+    forced: Mapping[str, Refused],
+    options: PlanOptions = _DEFAULT,
+) -> dict[str, Outcome]:
     """An outcome for every layer; those outside of `chosen` and those in `forced` stay."""
-    state = PlanState(graph, chosen, forced)
+    state = PlanState(graph, chosen, forced, options)
+    outcomes = _settled(state, graph.layers, _backward)
+    open_layers = [x for x in graph.layers if _is_open(outcomes[x.path])]
+    # no fold forward lets another one through backward: nothing but linear layers come after it
+    return outcomes | _settled(state, open_layers, partial(_forward, outcomes))
+
+
+def _settled(
+    state: PlanState,
+    layers: Iterable[NormLayer],
+    decided: Callable[[PlanState, NormLayer], Outcome],
+) -> dict[str, Outcome]:
+    """Decide on layers again and again, as one fold may let another one through."""
     outcomes: dict[str, Outcome] = {}
-    pending = list(graph.layers)
+    pending = list(layers)
     changed = True
     while changed:
         changed = False
         for layer in list(pending):
-            outcome = _outcome(state, layer)
+            outcome = decided(state, layer)
             outcomes[layer.path] = outcome
             if isinstance(outcome, NormFold):
                 pending.remove(layer)
@@ -40,21 +62,36 @@ def decide(graph: Graph, chosen: Set[str], forced: Mapping[str, Refused]) -> dic
     return outcomes
 
 
-def _outcome(state: PlanState, layer: NormLayer) -> Outcome:
+def _backward(state: PlanState, layer: NormLayer) -> Outcome:
     refused = _refused_beforehand(state, layer) or _odd_calls(state, layer)
     if refused:
         return refused
+    if layer.path in state.forced:
+        return state.forced[layer.path]
     try:
         return fold_backward(state, layer)
     except Refused as refusal:
-        return refusal
+        return Kept(refusal)
+
+
+def _forward(backward: Mapping[str, Outcome], state: PlanState, layer: NormLayer) -> Outcome:
+    try:
+        return fold_forward(state, layer)
+    except Refused as refusal:
+        return Kept(cast("Refused", backward[layer.path]), refusal)
+
+
+def _is_open(outcome: Outcome) -> bool:
+    """Whether a layer may still fold forward."""
+    return isinstance(outcome, Kept) and outcome.forward is None
 
 
 def _refused_beforehand(state: PlanState, layer: NormLayer) -> Refused | None:
     if layer.path not in state.chosen:
         return Refused(Reason.SKIPPED, "it was left out by --only or --skip")
-    if layer.path in state.forced:
-        return state.forced[layer.path]
+    forced = state.forced.get(layer.path)
+    if forced is not None and not _is_open(forced):
+        return forced
     if layer.refusal is not None:
         return Refused(*layer.refusal)
     sites = state.sites.get(layer.path, [])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bntools.report.conversion import ConversionReport, ConvertedNorm
+from bntools.report.decisions import Action, Decision, Reason
 from bntools.report.depth import DepthReport, LayerError, NotCompared
 from bntools.report.diagnosis import Finding, Inspection, LayerHealth, Range, Severity
 from bntools.report.difference import Difference, Uncompared
 from bntools.report.drift import LayerDrift, Spread
+from bntools.report.explanation import Explanation, Step, Way
 from bntools.report.exporting import ExportReport
 from bntools.report.fit import (
     Agreement,
@@ -17,8 +20,10 @@ from bntools.report.fit import (
 )
 from bntools.report.freezing import FreezeReport
 from bntools.report.judgement import Check, Equivalence, OutputError, SliceError
+from bntools.report.latency import Latency
+from bntools.report.merging import Merge, MergeReport, Size
 from bntools.report.placement import Placement
-from bntools.report.plans import Action, Decision, Plan, Reason, Report, Result
+from bntools.report.plans import Plan, Report, Result
 from bntools.report.recalibration import (
     Comparison,
     LayerStatistics,
@@ -30,6 +35,8 @@ from bntools.report.recalibration import (
 )
 from bntools.report.replacement import Replacement, ReplacementReport
 from bntools.report.schema import SCHEMA_VERSION, as_json
+from bntools.report.shipping import Shipped, ShipReport, ShipStep
+from bntools.report.unfolding import UnfoldReport
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -38,23 +45,29 @@ __all__ = [
     "BlockDistillation",
     "Check",
     "Comparison",
+    "ConversionReport",
+    "ConvertedNorm",
     "Decision",
     "DepthReport",
     "Difference",
     "DistillReport",
     "Equivalence",
+    "Explanation",
     "ExportReport",
     "Finding",
     "FitProgress",
     "FitReport",
     "FreezeReport",
     "Inspection",
+    "Latency",
     "LayerDrift",
     "LayerError",
     "LayerFit",
     "LayerHealth",
     "LayerStatistics",
     "LeftAlone",
+    "Merge",
+    "MergeReport",
     "NotCompared",
     "OutputError",
     "PassSummary",
@@ -70,8 +83,15 @@ __all__ = [
     "Report",
     "Result",
     "Severity",
+    "ShipReport",
+    "ShipStep",
+    "Shipped",
+    "Size",
     "SliceError",
     "Spread",
+    "Step",
     "Uncompared",
+    "UnfoldReport",
+    "Way",
     "as_json",
 ]

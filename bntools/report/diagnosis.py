@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from bntools import tables
-from bntools.report.plans import Action, Decision
+from bntools.report.decisions import Decision
+from bntools.report.explanation import Explanation
+from bntools.report.plans import Plan
 from bntools.report.schema import SCHEMA_VERSION, as_json
 
 __all__ = ["Finding", "Inspection", "LayerHealth", "Range", "Severity"]
@@ -41,7 +43,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """One norm layer as the doctor sees it; None where a layer has no such thing."""
+    """One norm layer as the doctor sees it; None where a layer has no such thing.
+
+    An `affine` is no norm layer, but arithmetic with constants; `gamma` is its scale.
+    """
 
     path: str
     kind: str
@@ -55,6 +60,7 @@ class LayerHealth:
     frozen: bool = False
     decision: Decision | None = None
     input_dependent: bool = False
+    affine: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Inspection:
     findings: tuple[Finding, ...] = ()
     inputs: str = ""
     warnings: tuple[str, ...] = ()
+    plan: Plan | None = field(default=None, repr=False, compare=False)
+
+    def explain(self, path: str) -> Explanation:
+        """The way from a norm layer to what absorbs it, or to what stops it: `Plan.explain`.
+
+        Raises `PlanError` where no plan has the layer.
+        """
+        decided = (layer.decision for layer in self.layers)
+        plan = self.plan or Plan(tuple(d for d in decided if d is not None))
+        return plan.explain(path)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -91,8 +107,7 @@ class Inspection:
         counted = [layer for layer in self.layers if not layer.input_dependent]
         decided = [layer.decision for layer in counted if layer.decision is not None]
         if decided:
-            folds = sum(decision.action is Action.FOLD for decision in decided)
-            return f"{folds} of {len(decided)} norm layers would fold"
+            return Plan(tuple(decided)).summary()
         if counted:
             return f"{len(counted)} norm layer{'s' * (len(counted) > 1)}, health only"
         return "the model has no norm layer to fold"

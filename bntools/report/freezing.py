@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bntools import tables
-from bntools.report.plans import Action, Decision
+from bntools.report.decisions import Action, Decision
 from bntools.report.schema import SCHEMA_VERSION, as_json
 
 __all__ = ["FreezeReport"]

@@ -3,86 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from bntools import tables
+from bntools.errors import PlanError
+from bntools.report.decisions import Action, Decision, Reason
+from bntools.report.explanation import Explanation
 from bntools.report.judgement import Check
+from bntools.report.latency import Latency
 from bntools.report.schema import SCHEMA_VERSION, as_json
+
+if TYPE_CHECKING:
+    from bntools.report.merging import MergeReport
 
 __all__ = ["Action", "Decision", "Plan", "Reason", "Report", "Result"]
 
 NOTHING = "the model has no norm layer to fold"
-
-
-class Action(str, Enum):
-    """What a plan does with a norm layer."""
-
-    FOLD = "fold"
-    REPLACE = "replace"
-    FREEZE = "freeze"
-    UNFREEZE = "unfreeze"
-    CONVERT = "convert"
-    KEEP = "keep"
-
-
-class Reason(str, Enum):
-    """Why a norm layer is kept. The values are stable: JSON, and anchors in the README."""
-
-    NOT_EXECUTED = "not-executed"
-    NOT_AFTER_LINEAR = "not-after-linear"
-    USED_ELSEWHERE = "used-elsewhere"
-    RETURNED = "returned"
-    HOST_SHARED = "host-shared"
-    TIED_WEIGHT = "tied-weight"
-    COMPUTED_WEIGHT = "computed-weight"
-    FIXED_WEIGHT = "fixed-weight"
-    BIAS_NOT_USED = "bias-not-used"
-    CHANNEL_MISMATCH = "channel-mismatch"
-    TRAINING_MODE = "training-mode"
-    NO_STATISTICS = "no-statistics"
-    NON_FINITE = "non-finite"
-    HOOKS = "hooks"
-    SCRIPTED = "scripted"
-    MORE_THAN_NORM = "more-than-norm"
-    OUTSIDE_FORWARD = "outside-forward"
-    SHARED_STATISTICS = "shared-statistics"
-    COMPUTED_AFFINE = "computed-affine"
-    WRITTEN_IN_PLACE = "written-in-place"
-    DATA_DEPENDENT = "data-dependent"
-    ONE_VALUE = "one-value"
-    NO_ACTIVATION = "no-activation"
-    ACTIVATION_STAYS = "activation-stays"
-    UNINITIALIZED = "uninitialized"
-    ALREADY_FROZEN = "already-frozen"
-    NOT_FROZEN = "not-frozen"
-    NO_SUCH_FORM = "no-such-form"
-    SKIPPED = "skipped"
-    CHECK_FAILED = "check-failed"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one norm layer, and why.
-
-    `hosts` are the paths of the layers that absorb it; `reason` is None for a fold; `detail` is a
-    sentence that names the other layer or operation involved. After a checked fold, `float64_error`
-    and `native_error` are the relative L2 errors of what the layer gives, against float64 truth,
-    of the fold made in float64 and of the delivered one.
-    """
-
-    path: str
-    kind: str
-    action: Action
-    hosts: tuple[str, ...] = ()
-    reason: Reason | None = None
-    detail: str = ""
-    float64_error: float | None = None
-    native_error: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The decision as JSON data."""
-        return dict(as_json(self))
 
 
 class _Decided:
@@ -99,6 +35,16 @@ class _Decided:
     def kept(self) -> tuple[Decision, ...]:
         """The decisions that keep."""
         return tuple(d for d in self.decisions if d.action is Action.KEEP)
+
+    def _counted(self) -> str:
+        """How many of the norm layers fold, and how many of the affines, where there are any."""
+        said = []
+        for noun, affine in (("norm layers", False), ("affines", True)):
+            count = sum(d.affine is affine for d in self.decisions)
+            if count:
+                folds = sum(d.affine is affine for d in self.folds)
+                said.append(f"{folds} of {count} {noun}")
+        return " and ".join(said)
 
 
 @dataclass(frozen=True)
@@ -117,7 +63,28 @@ class Plan(_Decided):
         """The last line that the command line prints."""
         if not self.decisions:
             return NOTHING
-        return f"{len(self.folds)} of {len(self.decisions)} norm layers would fold"
+        return f"{self._counted()} would fold"
+
+    def explain(self, path: str) -> Explanation:
+        """The way from a norm layer to what absorbs it, op by op; of one that stays, what stops it.
+
+        Raises `PlanError` where the plan has no such layer.
+
+        Example:
+            >>> import torch, bntools
+            >>> layers = [torch.nn.BatchNorm2d(3), torch.nn.GELU(), torch.nn.Conv2d(3, 8, 3)]
+            >>> plan = bntools.plan_fold(torch.nn.Sequential(*layers), torch.zeros(1, 3, 8, 8))
+            >>> print(plan.explain("0").summary())
+            0 is kept: not-after-linear
+        """
+        decision = next((d for d in self.decisions if d.path == path), None)
+        if decision is None:
+            known = ", ".join(d.path for d in self.decisions[:3]) or "none"
+            raise PlanError(f"Cannot explain {path!r}: the plan has no such norm layer ({known}).")
+        if self.compiled is None:
+            return Explanation(decision)
+        explanation: Explanation = self.compiled.explain(decision)
+        return explanation
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
@@ -129,7 +96,10 @@ class Plan(_Decided):
 
 @dataclass(frozen=True)
 class Report(_Decided):
-    """The certificate of a surgery: what happened to each norm layer and why, and the proof."""
+    """The certificate of a surgery: what happened to each norm layer and why, and the proof.
+
+    `latency` compares the result with the fold without padded convolutions, where there are any.
+    """
 
     verb: str
     decisions: tuple[Decision, ...]
@@ -139,12 +109,22 @@ class Report(_Decided):
     flushed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    originals_bytes: int = 0
+    merging: MergeReport | None = None
+    latency: Latency | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the result is another model: a norm layer folded, or layers merged."""
+        return bool(self.folds) or (self.merging is not None and bool(self.merging.merges))
 
     def summary(self) -> str:
         """The last line that the command line prints."""
+        if self.merging is not None and self.merging.merges:
+            return self._merged(self.merging)
         if not self.decisions:
             return NOTHING
-        line = f"folded {len(self.folds)} of {len(self.decisions)} norm layers"
+        line = f"folded {self._counted()}"
         if not self.folds or self.check is None:
             return f"{line}; the model is unchanged"
         return f"{line}; {self.check.native.summary()}"
@@ -153,10 +133,20 @@ class Report(_Decided):
         """The certificate as JSON data."""
         return {"schema": SCHEMA_VERSION, "summary": self.summary(), **as_json(self)}
 
+    def _merged(self, merging: MergeReport) -> str:
+        line = f"folded {self._counted() or '0 of 0 norm layers'}"
+        verdict = "" if self.check is None else f"; {self.check.native.summary()}"
+        return f"{line}; {merging.summary()}{verdict}"
+
     def __str__(self) -> str:
         flushed = f"{self.flushed} folded values were subnormal in float32 and are zero now"
-        notes = (*self.warnings, *([flushed] if self.flushed else []))
-        return tables.text(tables.decisions(self.decisions), *notes, self.summary())
+        kept = f"the originals travel along: {self.originals_bytes / 2**20:.1f} MiB"
+        said = [*([flushed] if self.flushed else []), *([kept] if self.originals_bytes else [])]
+        if self.latency is not None:
+            said.append(f"with its padding forward the model is {self.latency.summary()}")
+        notes = (*self.warnings, *said)
+        shown = [tables.decisions(self.decisions), tables.merges(self.merging)]
+        return tables.text(*filter(None, shown), *notes, self.summary())
 
 
 R_co = TypeVar("R_co", bound="Certificate", covariant=True)

@@ -23,7 +23,7 @@ from bntools.runtimes.bfloat16 import compute_in_float32
 from bntools.runtimes.cleaning import clean, name_ends
 from bntools.runtimes.refusals import decides_by_numbers, explained
 
-__all__ = ["OPSETS", "Exported", "export"]
+__all__ = ["OPSETS", "Exported", "captured", "export", "quietly"]
 
 OPSETS = range(17, 24)
 """What torch's exporter can be asked for: it writes 18 and later, and 17 is one step down."""
@@ -79,7 +79,7 @@ def export(
     fed = examples.copied()
     batch = fed.shared_size if dynamic else None
     paths: list[str] = []
-    with _quiet():
+    with quietly():
         with preserved(model), _returning_tensors(model, paths):
             try:
                 program, compiled = _program(model, fed, opset, batch)
@@ -119,14 +119,14 @@ def _program(
     no BatchNormalization to compare with; and it takes most of the time.
     """
     with torch.no_grad():
-        captured, compiled = _captured(model, fed, _shapes(model, fed, batch) if batch else None)
+        program, compiled = captured(model, fed, _shapes(model, fed, batch) if batch else None)
         graph = torch.onnx.export(
-            captured, dynamo=True, optimize=False, verbose=False, opset_version=opset
+            program, dynamo=True, optimize=False, verbose=False, opset_version=opset
         )
     return graph, compiled
 
 
-def _captured(model: nn.Module, fed: Examples, shapes: Any) -> tuple[Any, bool]:
+def captured(model: nn.Module, fed: Examples, shapes: Any) -> tuple[Any, bool]:
     """The forward as torch.export sees it when it runs it, or, where that fails, compiles it."""
 
     def capture(*, strict: bool) -> Any:
@@ -173,7 +173,7 @@ def _returning_tensors(model: nn.Module, paths: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Exporters print, log and warn; that goes to stderr where `bntools.export` logs debugging."""
     if _log.isEnabledFor(logging.DEBUG):
         with redirect_stdout(sys.stderr):

@@ -20,6 +20,26 @@ _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _PADDED = -math.inf
 
 
+class BatchNormalization(OpRun):
+    """A batch norm of any opset: onnx's own evaluator takes those before 14 for training ones."""
+
+    def _run(
+        self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, *, epsilon: Any = None,
+        is_test: Any = None, momentum: Any = None, spatial: Any = None, training_mode: Any = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        if spatial == 0:
+            raise NotImplementedError("a batch norm with statistics for each position")
+        usual = 1e-5 if epsilon is None else epsilon
+        if not training_mode and is_test in (None, 1):
+            return (_normalised(x, scale, bias, mean, var, eps=usual),)
+        axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+        seen, spread = x.mean(axis=axes), x.var(axis=axes)
+        kept = 0.9 if momentum is None else momentum
+        moved = (old * kept + new * (1 - kept) for old, new in ((mean, seen), (var, spread)))
+        given = (_normalised(x, scale, bias, seen, spread, eps=usual), *moved)
+        return given[: max(1, len(self.onnx_node.output))]
+
+
 class Conv(OpRun):
     """A convolution, with any padding."""
 
@@ -140,7 +160,14 @@ class Resize(OpRun):
         return (image.numpy(),)
 
 
-KERNELS: tuple[type[OpRun], ...] = (AveragePool, Conv, ConvTranspose, MaxPool, Resize)
+KERNELS: tuple[type[OpRun], ...] = (
+    AveragePool,
+    BatchNormalization,
+    Conv,
+    ConvTranspose,
+    MaxPool,
+    Resize,
+)
 
 
 class _Window:
@@ -191,6 +218,12 @@ class _Window:
         ones = torch.ones(image.shape[1], 1, *self.kernel, dtype=image.dtype)
         conv = _CONVS[self.rank]
         return conv(image, ones, None, self.strides, 0, self.dilations, image.shape[1])
+
+
+def _normalised(x: Any, scale: Any, bias: Any, mean: Any, var: Any, *, eps: float) -> Any:
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    scale, bias, mean, var = (each.reshape(shape) for each in (scale, bias, mean, var))
+    return (scale * (x - mean) / np.sqrt(var + eps) + bias).astype(x.dtype)
 
 
 def _coordinates(mode: Any, size: int, new: int, scale: float) -> Tensor:

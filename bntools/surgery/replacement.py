@@ -81,7 +81,9 @@ def plan_replacement(seen: Observation, choices: Choices) -> tuple[Planned, ...]
     """One decision for every norm layer, in execution order; nothing changes."""
     graph = seen.graphs[0]
     order = {path: frames[0].start for path, frames in graph.frames.items()}
-    layers = sorted(graph.layers, key=lambda layer: order.get(layer.path, len(graph.nodes)))
+    # an affine of arithmetic is no layer to replace: `to_batchnorm` makes one of it where it can
+    found = (layer for layer in graph.layers if not layer.chain)
+    layers = sorted(found, key=lambda layer: order.get(layer.path, len(graph.nodes)))
     known: dict[tuple[str, str], str] = {}
     followers = tuple(Followers(seen.model, each, known) for each in seen.graphs)
     context = _Context(seen, choices, followers)

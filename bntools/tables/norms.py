@@ -79,7 +79,11 @@ def _outcome(decision: Decision) -> str:
         hosts = ", ".join(map(named, decision.hosts))
         return f"-> {hosts} ({detail})" if detail else f"-> {hosts}"
     kept = f"kept, {decision.reason.value}"
-    return f"{kept}: {detail}" if detail else kept
+    told = f"{kept}: {detail}" if detail else kept
+    onward = decision.forward_reason
+    if onward is None or onward.value == "not-before-linear":  # true of nearly all, and no news
+        return told
+    return f"{told}; forward, {onward.value}: {plain(decision.forward_detail)}"
 
 
 def _future(layer: LayerHealth) -> str:

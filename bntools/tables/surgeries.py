@@ -10,7 +10,7 @@ from bntools.tables.layout import named, number, plain, span, table
 if TYPE_CHECKING:
     from bntools.report import BlockDistillation, LayerDrift, LayerFit, Replacement
 
-__all__ = ["blocks", "drift", "fits", "replacements"]
+__all__ = ["blocks", "drift", "fits", "replacements", "steps"]
 
 
 def replacements(rows: Sequence[Replacement]) -> str:
@@ -81,3 +81,8 @@ def blocks(rows: Sequence[BlockDistillation]) -> str:
             for row in rows
         ],
     )
+
+
+def steps(rows: Sequence[tuple[str, str]]) -> str:
+    """The steps of a whole way with what each says about itself."""
+    return table(["step", "outcome"], [[name, plain(said)] for name, said in rows])
