@@ -22,10 +22,10 @@ from bntools.modules import duplicate, unwrap
 from bntools.moments import Moments, Statistics
 from bntools.report import LayerDrift
 from bntools.report.schema import SCHEMA_VERSION
-from bntools.writing import write_atomically, write_text_atomically
 from bntools.selection import Patterns
 from bntools.statistics import layer_drift, tracked_norms
 from bntools.surgery.recalibration import choose, estimate, made, runner
+from bntools.writing import write_atomically, write_text_atomically
 
 __all__ = ["CalibrationStats", "LayerMoments", "calibration_stats", "read_stats"]
 

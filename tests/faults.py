@@ -21,9 +21,9 @@ import torch
 import torchvision
 from hypothesis.errors import UnsatisfiedAssumption
 from onnx import numpy_helper
+from random_graphs import KINDS as KINDS_OF_STEPS
+from random_graphs import image, runs, write
 from randomise import randomise, settle
-from test_random_graphs import KINDS as KINDS_OF_STEPS
-from test_random_graphs import image, runs, write
 from torch import Tensor, nn
 
 import bntools
@@ -320,7 +320,7 @@ _SMALL = (
 
 
 def _random_networks() -> Iterator[tuple[str, nn.Module, Any, nn.Module]]:
-    """Networks of tests/test_random_graphs.py, in float32, in which something folds."""
+    """Networks of tests/random_graphs.py, in float32, in which something folds."""
     for seed in itertools.count():
         choose = random.Random(seed)
         rank = choose.randint(0, 3)

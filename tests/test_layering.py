@@ -87,7 +87,7 @@ LAYERS = {
     "handwritten": 92,
     "loading": 90,
     "proving": 90,
-    "saving": 107,
+    "saving": 106,
     "writing": 20,
     "formats": 88,
     "artifacts": 95,

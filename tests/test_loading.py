@@ -464,7 +464,7 @@ def npz(path):
 OTHERS = {
     "TorchScript": (
         lambda p: torch.jit.script(nn.ReLU()).save(p),
-        "a TorchScript archive; .*not read",
+        "TorchScript, which is a program .*--trust",
     ),
     "ONNX": (
         lambda p: p.write_bytes(b"\x08\x0a\x12\x07pytorch\x1a\x062.15.0:\x03abc"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bntools.affine import Affine
 from bntools.dataflow.graph import ELSEWHERE, MIXED, ZERO, Entry, Kind, Node, NormLayer, Value
-from bntools.dataflow.reach import Refused, describe, weight_name
+from bntools.dataflow.reach import Refused, describe, is_idle, weight_name
 from bntools.planning.folds import HostFold, NormFold
 from bntools.planning.hosts import host_folds
 from bntools.planning.padding import padded
@@ -141,7 +141,7 @@ def _leading_to(values: set[Value], steps: Iterable[Node]) -> tuple[Node, ...]:
 def _passes(state: PlanState, node: Node, given: Sequence[Value]) -> bool:
     if node.kind is Kind.MOVE:
         return True
-    if node.kind is Kind.PASS and any(v.consumers for v in node.outputs[1:]):
+    if node.kind is Kind.PASS and not all(map(is_idle, node.outputs[1:])):
         return False  # the indices of a maximum say something else where a scale is 0
     if node.kind is Kind.PASS or node in state.folded:
         return [v for v in node.inputs if v in given] == [node.inputs[0]] and not node.writes
