@@ -222,7 +222,20 @@ def _add_bias(module: nn.Module, edit: Edit, _: _Factory | None) -> None:
 
 def _drop_norm(module: nn.Module, _: Edit, __: _Factory | None) -> nn.Module:
     left = _remainder(module)
-    return left if left is not None else nn.Identity().train(module.training)
+    new = left if left is not None else nn.Identity().train(module.training)
+    return _with_guests(module, new)
+
+
+def _with_guests(norm: nn.Module, new: nn.Module) -> nn.Module:
+    """What takes a norm's place, with the submodules of the norm if torch's class has none itself.
+
+    So it is in a program (`.pt2`), which runs the activation of a fused layer by its path.
+    """
+    if type(norm).__module__ == nn.BatchNorm2d.__module__:
+        for name, child in norm._modules.items():
+            if child is not None and name != "parametrizations" and name not in new._modules:
+                new.add_module(name, child)
+    return new
 
 
 def _remove_activation(module: nn.Module, edit: Edit, _: _Factory | None) -> nn.Module | None:
@@ -244,7 +257,7 @@ def _replace_norm(module: nn.Module, edit: Edit, factory: _Factory | None) -> nn
     new = target.build(module)
     left = _remainder(module)
     if left is None or edit.options.get("takes_remainder"):
-        return new
+        return _with_guests(module, new)
     parts = left._modules if type(left) is nn.Sequential else {"remainder": left}
     whole = nn.Sequential()
     for name, part in {"norm": new, **parts}.items():

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from bntools.dataflow.graph import Graph, Kind, Node, Value
 from bntools.dataflow.guard import unwritten
-from bntools.dataflow.reach import Refused, carried, crosses, origins, reach
+from bntools.dataflow.reach import Refused, carried, crosses, origins, reach, results
 from bntools.dataflow.recorder import record
 from bntools.dataflow.tape import tensors_in
 from bntools.equivalence import in_float64
 from bntools.errors import InputError
 from bntools.examples import Examples
 from bntools.modules import duplicate, floating_tensors, named_modules, named_tensors, preserved
+from bntools.planning import NormFold
+from bntools.planning.deciding import decide
 from bntools.runtimes.precision import tf32
 
 __all__ = ["Folded", "Key", "Layered", "Point", "See", "TorchLayers", "run_watched"]
@@ -137,9 +139,11 @@ class TorchLayers:
     def folded(self, norms: Set[str]) -> Folded:
         """What differs by design in a model in which these norms are folded."""
         gone = {node for path in norms for node in self._sites.get(path, ())}
-        while kept := {node for node in gone if not _hosts(node, gone)}:
+        forward = self._forward(norms)
+        gone -= forward
+        changed: set[Hashable] = set(_onward(forward, gone | forward))
+        while kept := {node for node in gone if not _hosts(node, gone | forward)}:
             gone -= kept
-        changed: set[Hashable] = set()
         carried: dict[Hashable, tuple[Hashable, str]] = {}
         for node in sorted(gone, key=lambda each: each.order):
             between = set(_between(node.inputs[0], gone))
@@ -151,7 +155,17 @@ class TorchLayers:
             origin = _origin(node, gone)
             if origin is not None:
                 carried[origin] = node.outputs[0], node.norm.owner
+        for node in self._graph.nodes:
+            unused = node.idle or not any(value.consumers for value in node.outputs)
+            if unused and any(value in changed for value in node.inputs):
+                changed.update(node.outputs)
         return Folded(changed, carried)
+
+    def _forward(self, norms: Set[str]) -> set[Node]:
+        """The calls of the norms that fold into what comes after them."""
+        outcomes = decide(self._graph, norms, {}).items()
+        paths = [path for path, fold in outcomes if isinstance(fold, NormFold) and fold.forward]
+        return {node for path in paths for node in self._sites.get(path, ())}
 
     @property
     def eps(self) -> float:
@@ -246,6 +260,14 @@ def _hosts(norm: Node, gone: Set[Node]) -> list[Node]:
     values = [*(host.outputs[0] for host in hosts), *found.constants]
     ends = [end for value in values for end in reach(value, gone - same, found.nodes).ends]
     return hosts if all(end.node in same or end.partial for end in ends) else []
+
+
+def _onward(norms: Set[Node], gone: Set[Node]) -> Iterator[Value]:
+    """What norms that fold forward give, up to the layers that absorb them."""
+    for norm in norms:
+        yield norm.outputs[0]
+        for node in reach(norm.outputs[0], gone, None).nodes:
+            yield from results(node)
 
 
 def _between(value: Value, gone: Set[Node]) -> Iterator[Value]:

@@ -26,6 +26,7 @@ __all__ = [
     "Pair",
     "file_option",
     "is_same",
+    "options_without",
     "pair_options",
     "shared_options",
     "state_dict_option",
@@ -313,18 +314,24 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, Job, _ON_ONE)
 
 
-def stored_options(
-    *without: str,
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def options_without(*without: str) -> Decorator:
+    """The same without the options whose fields are named."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        return _with_options(command, Job, _ON_ONE, without)
+
+    return decorate
+
+
+def stored_options(*without: str) -> Decorator:
     """The same for a command that runs the model on no input of its own, or not at all.
 
     It has no --input-shape and --inputs, nor the options whose fields are named.
     """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        return _with_options(command, Job, _ON_ONE, ("input_shape", "inputs", *without))
-
-    return decorate
+    return options_without("input_shape", "inputs", *without)
 
 
 def pair_options(command: Callable[..., None]) -> Callable[..., None]:

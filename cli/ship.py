@@ -12,7 +12,7 @@ from bntools.errors import ShipError
 from bntools.report import Result, ShipReport, ShipStep
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, file_option, is_same, shared_options
+from .options import Answer, Job, file_option, is_same, options_without
 
 __all__ = ["ship"]
 
@@ -60,7 +60,7 @@ _FIRST_CODE = 11
 @click.option("--opset", type=click.IntRange(1), metavar="N", help="The ONNX opset to write.")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size at that of the input.")
 @data_options("--data", required=False)
-@shared_options
+@options_without("only", "skip", "device")
 def ship(
     job: Job, output: Path | None, *, eval_data: str | None, data: DataJob, **asked: Any
 ) -> None:
@@ -103,8 +103,6 @@ def _check(job: Job, output: Path, data: DataJob, eval_data: str | None) -> None
         raise click.UsageError("--output and --report name the same file.")
     if eval_data is not None and data.source is None:
         raise click.UsageError("--eval-data scores what --data changes: give that too.")
-    if job.only or job.skip:
-        raise click.UsageError("ship takes all norm layers: --only and --skip are for fold.")
 
 
 def _code(step: ShipStep) -> int:

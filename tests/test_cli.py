@@ -73,7 +73,7 @@ def bare():
 
 
 def kept():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.BatchNorm2d(4))
 
 
 def small():
@@ -148,7 +148,7 @@ def corrupted(monkeypatch, host):
 
     def wrong(model, fold):
         tensors, flushed = absorb(model, fold)
-        if fold.path == host:
+        if fold.host.path == host:
             tensors = {name: tensor * 1.01 for name, tensor in tensors.items()}
         return tensors, flushed
 
@@ -209,6 +209,10 @@ def test_json_is_one_document_with_a_schema(folder):
         "hosts": ["0"],
         "reason": None,
         "detail": "",
+        "affine": False,
+        "forward": False,
+        "forward_reason": None,
+        "forward_detail": "",
     }
     assert document["check"]["native"]["outputs"][0]["passed"] is True
     assert document["recipe"]["version"] == 1

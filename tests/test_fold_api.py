@@ -352,8 +352,9 @@ def test_registered_norm_may_refuse_with_a_reason():
     assert reasons(bntools.plan_fold(scaled(0.0), IMAGE)) == {"0.1": Reason.NO_STATISTICS}
 
 
-def test_norm_of_a_class_that_is_not_registered_does_not_count():
-    assert bntools.plan_fold(scaled(0.0, 0.0), IMAGE).decisions == ()
+def test_norm_of_a_class_that_is_not_registered_is_an_affine():
+    plan = bntools.plan_fold(scaled(0.0, 0.0), IMAGE)
+    assert [(d.path, d.affine) for d in plan.decisions] == [("0.1", True), ("1.1", True)]
 
 
 def test_norm_can_be_registered_by_its_dotted_name():

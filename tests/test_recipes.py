@@ -428,3 +428,19 @@ def test_a_recipe_and_the_error_of_a_wrong_model_are_values():
     assert bntools.Recipe.from_dict(recipe.to_dict()) == recipe
     with pytest.raises(SurgeryError, match="no such edit"):
         bntools.apply_recipe(Net(), bntools.Recipe((Edit("boil", ""),)))
+
+
+def test_the_activation_of_a_fused_layer_stays_in_a_program(home):
+    """In a .pt2 it is below the norm, of which torch's class has no submodules."""
+    timm = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), timm.BatchNormAct2d(4), nn.Conv2d(4, 4, 1)).eval()
+    randomise(model)
+    bntools.save(model, "m.pt2", example_inputs=X)
+    program = bntools.load("m.pt2")
+    folded = bntools.fold(program, X)
+    assert [d.path for d in folded.report.folds] == ["1"]
+    replaced = bntools.replace(program, bntools.ToGroupNorm(groups=2), X).model
+    assert type(replaced.get_submodule("1")) is nn.GroupNorm
+    assert type(replaced.get_submodule("1.act")) is nn.ReLU
+    unfolded = bntools.unfold(bntools.fold(program, X, keep_originals=True).model).model
+    assert torch.equal(unfolded(X), program(X))

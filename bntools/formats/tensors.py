@@ -41,6 +41,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _LONGEST_HEADER = 1 << 24
+_ALIGNMENT = 64  # bytes, as torch's allocator
 _METADATA = "__metadata__"
 
 
@@ -61,19 +62,25 @@ def read_tensors(probe: Probe) -> Contents:
         with safe_open(probe.path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
-            return Contents({name: file.get_tensor(name) for name in names}, metadata)
+            return Contents({name: _aligned(file.get_tensor(name)) for name in names}, metadata)
     except SafetensorError as error:
         raise Refusal(f"it is damaged or incomplete ({error}). Copy it again") from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch itself would put one: kernels round by where in memory they work."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def write_tensors(
     stream: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file: the widest types first, so that every tensor is aligned, then by name.
+    """Write a file, tensors that fill whole cache lines first, then the widest types, then by name.
 
+    So nearly all of them can be used where the file is mapped, without a copy.
     Raises `SaveError` for what the format cannot hold.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = sorted(tensors, key=lambda name: (*_place(tensors[name]), name))
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     at = 0
     for name in order:
@@ -87,13 +94,18 @@ def write_tensors(
         }
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     if len(text) > _LONGEST_HEADER:
         raise SaveError("Cannot write a safetensors file: the names of its tensors are too many.")
     stream.write(len(text).to_bytes(8, "little"))
     stream.write(text)
     for piece in _bytes(tensors[name] for name in order):
         stream.write(piece)
+
+
+def _place(tensor: Tensor) -> tuple[bool, int]:
+    size = tensor.numel() * tensor.dtype.itemsize
+    return size % _ALIGNMENT != 0, -tensor.dtype.itemsize
 
 
 def _check(name: str, tensor: Tensor) -> None:

@@ -71,7 +71,7 @@ class ExportReport:
         left = f"{kept} BatchNormalization node{'' if kept == 1 else 's'}"
         if self.fold is None or not self.fold.decisions:
             return left
-        return f"folded {len(self.fold.folds)} of {len(self.fold.decisions)} norm layers"
+        return f"folded {self.fold.counted()}"
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate as JSON data."""

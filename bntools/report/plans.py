@@ -36,7 +36,7 @@ class _Decided:
         """The decisions that keep."""
         return tuple(d for d in self.decisions if d.action is Action.KEEP)
 
-    def _counted(self) -> str:
+    def counted(self) -> str:
         """How many of the norm layers fold, and how many of the affines, where there are any."""
         said = []
         for noun, affine in (("norm layers", False), ("affines", True)):
@@ -63,7 +63,7 @@ class Plan(_Decided):
         """The last line that the command line prints."""
         if not self.decisions:
             return NOTHING
-        return f"{self._counted()} would fold"
+        return f"{self.counted()} would fold"
 
     def explain(self, path: str) -> Explanation:
         """The way from a norm layer to what absorbs it, op by op; of one that stays, what stops it.
@@ -124,7 +124,7 @@ class Report(_Decided):
             return self._merged(self.merging)
         if not self.decisions:
             return NOTHING
-        line = f"folded {self._counted()}"
+        line = f"folded {self.counted()}"
         if not self.folds or self.check is None:
             return f"{line}; the model is unchanged"
         return f"{line}; {self.check.native.summary()}"
@@ -134,7 +134,7 @@ class Report(_Decided):
         return {"schema": SCHEMA_VERSION, "summary": self.summary(), **as_json(self)}
 
     def _merged(self, merging: MergeReport) -> str:
-        line = f"folded {self._counted() or '0 of 0 norm layers'}"
+        line = f"folded {self.counted() or '0 of 0 norm layers'}"
         verdict = "" if self.check is None else f"; {self.check.native.summary()}"
         return f"{line}; {merging.summary()}{verdict}"
 
