@@ -292,7 +292,11 @@ def test_tensor_that_leaves_torch_is_used(leave, name):
     assert name in [node.name for node in outside]
 
 
-@pytest.mark.parametrize("read", [Tensor.item, float, bool, lambda y: f"{y}"], ids=str)
+@pytest.mark.parametrize(
+    "read",
+    [Tensor.item, float, bool, lambda y: f"{y}"],
+    ids=["item", "float", "bool", "format"],
+)
 def test_number_read_from_a_tensor_is_a_use_of_it(read):
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)

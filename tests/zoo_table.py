@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import gc
 import io
 import math
@@ -50,18 +51,19 @@ class Row:
     Of the `folded` norm layers `forward` go into what comes after them, and `through` are those
     with something on the way. Beyond these `padded` fold with `pad_forward` and `merged` vanish
     with `merge_branches`. `affines` are what is no norm layer and yet an affine per channel.
-    `oracle` is empty where the oracle has not counted the model.
+    `oracle` is empty where the oracle has not counted the model, and so are the columns that were
+    not measured yet.
     """
 
     model: str
     norms: int
     folded: int
-    forward: int
-    through: int
-    padded: int
-    merged: int
-    affines: int
-    affines_folded: int
+    forward: int | None
+    through: int | None
+    padded: int | None
+    merged: int | None
+    affines: int | None
+    affines_folded: int | None
     kept: str
     oracle: str
     fx_folded: str
@@ -274,14 +276,23 @@ def read(path: Path) -> dict[str, Row]:
     """Read a table that `write` wrote; one that is not there is empty."""
     if not path.exists():
         return {}
-    numbers = {f.name: int for f in fields(Row) if f.type == "int"}
-    types = {**numbers, "error": float, "seconds": float}
+    types: dict[str, Any] = {
+        "int": int,
+        "int | None": lambda text: int(text) if text else None,
+        "float": float,
+        "str": str,
+    }
     with path.open(newline="") as file:
         found = [
-            Row(**{key: types.get(key, str)(value) for key, value in line.items()})
+            Row(**{f.name: types[str(f.type)](line.get(f.name, "")) for f in fields(Row)})
             for line in csv.DictReader(file)
         ]
     return {row.model: row for row in found}
+
+
+def _total(rows: Sequence[Row], column: str) -> str:
+    """The sum of a column, over the rows in which it was measured."""
+    return f"{sum(getattr(row, column) or 0 for row in rows):,}"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -299,16 +310,16 @@ def summary(rows: Sequence[Row]) -> str:
         "timm": [r for r in rows if r.model.startswith("timm")],
     }
     for name, group in groups.items():
+        total = functools.partial(_total, group)
         counted = [row for row in group if row.oracle]
         oracle = f"{sum(int(r.oracle) for r in counted):,}" if counted else "-"
         norms_counted = sum(row.norms for row in counted)
         traced = [int(row.fx_folded) for row in group if row.fx_folded.isdigit()]
         lines.append(
             f"| {name} | {len(group)} | {sum(r.norms for r in group):,} |"
-            f" **{sum(r.folded for r in group):,}** | {sum(r.forward for r in group)} |"
-            f" {sum(r.through for r in group)} | {sum(r.padded for r in group)} |"
-            f" {sum(r.merged for r in group)} |"
-            f" {sum(r.affines_folded for r in group):,} of {sum(r.affines for r in group):,} |"
+            f" **{sum(r.folded for r in group):,}** | {total('forward')} | {total('through')} |"
+            f" {total('padded')} | {total('merged')} |"
+            f" {total('affines_folded')} of {total('affines')} |"
             f" {oracle}, {norms_counted:,} |"
             f" {sum(traced):,} | {len(group) - len(traced)} |"
             f" {max((r.error for r in group), default=0.0):.1e} |"
@@ -337,7 +348,8 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rows = read(options.out) if options.resume else {}
     for entry in MODELS.values():
-        done = entry.name in rows and not rows[entry.name].problems()
+        known = rows.get(entry.name)
+        done = known is not None and known.forward is not None and not known.problems()
         if done or not fnmatchcase(entry.name, options.only):
             continue
         try:
