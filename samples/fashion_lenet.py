@@ -1,9 +1,9 @@
 """From a hand-written BatchNorm to a verified ONNX file: LeNet on Fashion-MNIST.
 
 Run `python samples/fashion_lenet.py [fashion_mnist.npz] [--out DIR] [--epochs N] [--quick]`;
-without a file, torchvision downloads the data. Three networks are trained alike: without batch norm, with
-one written by hand, with PyTorch's. Then the toolkit goes over them, verb by verb. All figures are
-printed, and written to `results.json`; `training.png` and `calibration.png` are drawn.
+without a file, torchvision downloads the data. Three networks are trained alike: without batch
+norm, with one written by hand, with PyTorch's. Then the toolkit goes over them, verb by verb. All
+figures are printed, and written to `results.json`; `training.png` and `calibration.png` are drawn.
 """
 
 from __future__ import annotations

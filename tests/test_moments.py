@@ -132,7 +132,9 @@ def test_pooled_batches_are_the_moments_of_all_elements(sizes, scale, seed, orde
     for batch in x.split(sizes):
         estimate = estimate.after(moments_of(batch))
     rows = by_channel(x)
-    assert close(estimate.value.mean, rows.mean(1))
+    # a mean near zero of larger values has their rounding, not its own
+    gap = (estimate.value.mean - rows.mean(1)).abs()
+    assert bool((gap <= 1e-14 * rows.abs().amax(1)).all())
     assert close(estimate.value.variance, rows.var(1, correction=0), 1e-6)
 
 
