@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bntools.errors import SaveError
-from bntools.writing import sync_folder, unfinished
+from bntools.writing import failed, sync_folder, unfinished
 
 __all__ = ["Staging", "check_folder", "staged_folder"]
 
@@ -27,7 +27,7 @@ def check_folder(folder: Path, marker: str, *, force: bool = False) -> None:
         exists = final.exists()
         full = exists and final.is_dir() and any(final.iterdir())
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise _failed(folder, error) from error
+        raise failed(folder, error) from error
     if exists and not final.is_dir():
         raise SaveError(f"Cannot write {folder}: it is a file. Give the name of a folder.")
     if full and not force:
@@ -60,7 +60,7 @@ class Staging:
         try:
             _publish(self.path, self.folder.resolve())
         except OSError as error:
-            raise _failed(self.folder, error) from error
+            raise failed(self.folder, error) from error
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def staged_folder(folder: Path, marker: str, *, force: bool = False) -> Iterator
         try:
             staged.mkdir()
         except OSError as error:
-            raise _failed(folder, error) from error
+            raise failed(folder, error) from error
         yield Staging(staged, folder, marker, force)
 
 
@@ -106,8 +106,3 @@ def _sync(path: Path) -> None:
 def _beside(final: Path) -> Path:
     # On the same file system, so that publishing is a rename.
     return final.parent / f".bntools-{secrets.token_hex(8)}.tmp"
-
-
-def _failed(folder: Path, error: Exception) -> SaveError:
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return SaveError(f"Cannot write {folder}: {reason[:1].lower()}{reason[1:]}.")

@@ -20,6 +20,7 @@ __all__ = [
     "StrPath",
     "Writer",
     "check_writable",
+    "failed",
     "sync_folder",
     "unfinished",
     "write_atomically",
@@ -62,7 +63,7 @@ def check_writable(path: StrPath, *, force: bool = False) -> None:
             raise _exists(target)
         folder = target.resolve().parent
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise _failed(target, error) from error
+        raise failed(target, error) from error
     if mode is not None and not stat.S_ISREG(mode):
         return
     if not folder.is_dir():
@@ -96,7 +97,7 @@ def write_atomically(path: StrPath, write: Writer, *, force: bool = False) -> No
     except FileExistsError as error:
         raise _exists(target) from error
     except OSError as error:
-        raise _failed(target, error) from error
+        raise failed(target, error) from error
 
 
 class _Watched:
@@ -219,6 +220,7 @@ def _exists(target: Path) -> SaveError:
     )
 
 
-def _failed(target: Path, error: Exception) -> SaveError:
+def failed(target: Path, error: Exception) -> SaveError:
+    """The error about a target that the system refuses to write."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return SaveError(f"Cannot write {target}: {reason[:1].lower()}{reason[1:]}.")

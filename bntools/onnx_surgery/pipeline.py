@@ -13,9 +13,10 @@ from bntools.dataflow.reach import Refused
 from bntools.onnx_graph.reading import read_onnx
 from bntools.onnx_surgery.folding import FoldedOnnx, fold_proto
 from bntools.onnx_surgery.planning import compiled_of, planned, replanned, viewed
-from bntools.onnx_surgery.proving import OnnxProof, OnnxProver
+from bntools.onnx_surgery.proving import OnnxProver
 from bntools.onnx_surgery.writing import check_valid
 from bntools.pipeline import timed, versions
+from bntools.proving import Proof
 from bntools.report import Check, Plan, Reason, Report, Result, as_json
 from bntools.selection import Patterns
 
@@ -125,7 +126,7 @@ def _proven(plan: Plan, folded: FoldedOnnx, seed: int) -> tuple[Plan, FoldedOnnx
     return plan, folded, Check(proof.native, proof.float64, seed, inputs, tuple(refused))
 
 
-def _attempt(prover: OnnxProver, plan: Plan, folded: FoldedOnnx) -> OnnxProof:
+def _attempt(prover: OnnxProver, plan: Plan, folded: FoldedOnnx) -> Proof:
     try:
         if not compiled_of(plan).view.source.complaint:
             check_valid(folded.proto)
@@ -133,7 +134,7 @@ def _attempt(prover: OnnxProver, plan: Plan, folded: FoldedOnnx) -> OnnxProof:
     except Exception:
         if not compiled_of(plan).folds:
             raise
-        return OnnxProof(prover.nothing(), None)
+        return Proof(prover.nothing(), None)
 
 
 def _sign(proto: ModelProto, report: Report) -> None:

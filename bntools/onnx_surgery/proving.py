@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx
 import torch
@@ -20,33 +20,15 @@ from bntools.onnx_surgery.planning import View
 from bntools.onnx_surgery.writing import as_source
 from bntools.outputs import Outputs
 from bntools.planning import NormFold
-from bntools.report import Equivalence, OutputError
+from bntools.proving import Proof
+from bntools.report import Equivalence
 from bntools.runtimes.sessions import Session, open_session
 from bntools.runtimes.widening import DoubleModel, random_nodes
 from bntools.tolerance import float64_limit
 
-__all__ = ["OnnxProof", "OnnxProver"]
+__all__ = ["OnnxProver"]
 
 _DRAWS = 8
-
-
-@dataclass(frozen=True)
-class OnnxProof:
-    """The outcome of one check: of the model that is delivered, and of the fold in float64."""
-
-    native: Equivalence
-    float64: Equivalence | None
-
-    def __bool__(self) -> bool:
-        return bool(self.native) and (self.float64 is None or bool(self.float64))
-
-    @property
-    def failure(self) -> OutputError | None:
-        """The output that fails most, or None."""
-        for judged in (self.float64, self.native):
-            if judged is not None and not judged:
-                return judged.worst
-        return None
 
 
 class OnnxProver:
@@ -67,7 +49,7 @@ class OnnxProver:
         self.examples, self.truth = self._first(seed)
         self._session = self._double = None  # large, and rarely needed again
 
-    def check(self, folds: Sequence[NormFold], folded: FoldedOnnx) -> OnnxProof:
+    def check(self, folds: Sequence[NormFold], folded: FoldedOnnx) -> Proof:
         """Judge a folded model, and the same folds made in float64."""
         exact = self._in_float64(folds) if self.truth.is_float64 else None
         session, _ = self._opened(folded.proto) if self._runs else (None, "")
@@ -75,7 +57,7 @@ class OnnxProver:
         native = self._judged(session, candidate, [self.examples], [self.truth])
         if not native and exact is not None and exact:
             native = self._on_more_inputs(session, candidate)
-        return OnnxProof(native, exact)
+        return Proof(native, exact)
 
     def failure(self, folds: Sequence[NormFold]) -> str:
         """Why folds fail; "" where they do not."""
