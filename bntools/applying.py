@@ -24,15 +24,16 @@ _KEYS = ("bntools_recipe", "recipe")
 @torch.inference_mode(mode=False)
 def apply_recipe(
     model: nn.Module,
-    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None,
     *,
     inplace: bool = False,
 ) -> nn.Module:
     """The architecture that a recipe makes of a model; the weights are loaded after that.
 
     `recipe` is a `Recipe` (`result.recipe`), its JSON data or text, or a file: JSON (also a report
-    of the command line), or one that `bntools.save` wrote. Files are read as `bntools.load` reads
-    them: nothing in them is run. Added biases are zero; nothing is computed from the old weights.
+    of the command line), or one that `bntools.save` wrote, in any format. Nothing in files is run.
+    None, which such a file has where nothing was edited, changes nothing. Added biases are zero;
+    nothing is computed from the old weights.
 
     The argument is left as it was, and a copy is returned; with `inplace` it is changed itself,
     or not at all where the recipe does not fit. Use what is returned: a recipe may replace the
@@ -62,8 +63,10 @@ def apply_recipe(
     return model if inplace and changed is source else changed
 
 
-def read_recipe(given: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
+def read_recipe(given: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None) -> Recipe:
     """A recipe in any of the forms that `apply_recipe` takes. Raises `LoadError`."""
+    if given is None:
+        return Recipe()
     if isinstance(given, Recipe):
         return given
     if isinstance(given, str) and given.lstrip().startswith("{"):

@@ -24,7 +24,7 @@ def build(arch: str, classes: int | None = None) -> nn.Module:
     if not provider or not name:
         raise LoadError(
             f"Cannot build {arch!r}: an architecture is torchvision:NAME, timm:NAME or "
-            f"package.module:factory{_nearest(arch)}."
+            f"package.module:factory{_nearest(arch)}"
         )
     if provider in LIBRARIES:
         model = LIBRARIES[provider](name, options)
@@ -107,4 +107,4 @@ def _nearest(name: str) -> str:
             return f"; did you mean torchvision:{name}?"
         if _imported("timm").is_model(name):
             return f"; did you mean timm:{name}?"
-    return ""
+    return "."

@@ -13,6 +13,8 @@ from bntools.activations import Following, activation_calls
 from bntools.dataflow.graph import Graph
 from bntools.dataflow.guard import unwritten
 from bntools.dataflow.reach import Refused
+from bntools.dataflow.recorder import record
+from bntools.dataflow.twins import first_difference
 from bntools.equivalence import run
 from bntools.examples import Examples
 from bntools.modules import get_module, named_modules, preserved
@@ -29,11 +31,39 @@ Taken = Mapping[str, Following]
 
 
 def wrongly_traced(seen: Observation, copied: nn.Module, taken: Taken) -> Refusals:
-    """The norms in modules whose forward gives other numbers as torch.fx sees it.
+    """The norms in modules whose forward is another one as torch.fx sees it.
 
     `copied` is a copy of the model in which these forwards were traced, and nothing removed.
     """
     blocks = sorted({f.path for f in taken.values() if f.after is not None})
+    wrong = _with_other_numbers(seen, copied, blocks)
+    why = "its forward fails, or gives other numbers, when torch.fx traces it"
+    if not wrong:
+        wrong = _otherwise(seen, copied, blocks)
+        why = "torch.fx sees other values in its forward, which writes in place"
+    return {
+        norm: Refused(Reason.ACTIVATION_STAYS, f"{found} cannot be removed: {why}")
+        for norm, found in taken.items()
+        if found.after is not None and found.path in wrong
+    }
+
+
+def _otherwise(seen: Observation, copied: nn.Module, blocks: Sequence[str]) -> set[str]:
+    """Where the operations, or the values that they take, are others: the numbers may not tell."""
+    for examples in (seen.examples, seen.second) if blocks else ():
+        both = (examples.copied(), examples.copied())
+        graph, twin = (
+            record(model, fed.args, fed.kwargs)
+            for model, fed in zip((seen.model, copied), both, strict=True)
+        )
+        node = first_difference(graph, twin)
+        if node is not None:
+            ran = [path for path in node.stack if path in blocks]
+            return set(ran[-1:] or blocks)
+    return set()
+
+
+def _with_other_numbers(seen: Observation, copied: nn.Module, blocks: Sequence[str]) -> set[str]:
     wrong: set[str] = set()
     for examples in (seen.examples, seen.second) if blocks else ():
         _, mine = run(seen.model, examples, watch=blocks)
@@ -43,12 +73,7 @@ def wrongly_traced(seen: Observation, copied: nn.Module, taken: Taken) -> Refusa
             wrong.update(b for b in blocks if not _runs_alone(copied, blocks, b, examples))
         else:
             wrong.update(b for b in blocks if not _same(mine.get(b), theirs.get(b)))
-    why = "its forward fails, or gives other numbers, when torch.fx traces it"
-    return {
-        norm: Refused(Reason.ACTIVATION_STAYS, f"{found} cannot be removed: {why}")
-        for norm, found in taken.items()
-        if found.after is not None and found.path in wrong
-    }
+    return wrong
 
 
 def _runs_alone(copied: nn.Module, blocks: Sequence[str], block: str, examples: Examples) -> bool:

@@ -230,11 +230,11 @@ def read_data(
 def _opened(source: str, preprocessing: Preprocessing) -> Source | BatchSource:
     name, options = _located(source)
     path = Path(name)
-    if name and path.is_dir():
+    if name and os.path.isdir(path):
         return FolderSource(path)
     if is_shards(name):
         return ShardSource(name)
-    if path.is_file():
+    if os.path.isfile(path):
         arrays = read_arrays(path, options.pop("images", None), options.pop("labels", None))
         if options:
             raise DataError(
@@ -252,7 +252,7 @@ def _opened(source: str, preprocessing: Preprocessing) -> Source | BatchSource:
 
 def _located(source: str) -> tuple[str, dict[str, str]]:
     """The name and the options behind it; a file whose own name has a "?" is found first."""
-    if Path(source).exists():
+    if os.path.exists(source):
         return source, {}
     name, _, query = source.partition("?")
     return name, dict(parse_qsl(query, keep_blank_values=True))

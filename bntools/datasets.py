@@ -56,6 +56,8 @@ class DatasetSource:
             with self._one_at_a_time:  # many datasets keep a file, or use the random state
                 image, label = _parts(self.dataset[i])
             return _prepared(image, preprocessing), label
+        except MemoryError:  # about what was asked for, not about this sample
+            raise
         except Exception as error:  # noqa: BLE001 - datasets raise anything
             return one_line(error), None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bntools.errors import SaveError
-from bntools.plots.canvas import ENDINGS, rendered
+from bntools.plots.canvas import ENDINGS, figures, rendered
 from bntools.plots.drift import draw_drift
 from bntools.plots.errors import draw_errors
 from bntools.report import DepthReport, Difference, RecalibrationReport
@@ -43,8 +43,9 @@ def write_plot(report: Any, path: str | os.PathLike[str], *, force: bool = False
 def check_plot(path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Find out before long work whether a figure could be written there.
 
-    Raises SaveError.
+    Raises SaveError, or BNToolsError without matplotlib.
     """
     if Path(path).suffix.lower() not in ENDINGS:
         raise SaveError(f"Cannot draw {path}: a figure is a {' or a '.join(ENDINGS)} file.")
     check_writable(path, force=force)
+    figures()

@@ -30,6 +30,9 @@ def check_folder(folder: Path, marker: str, *, force: bool = False) -> None:
         raise failed(folder, error) from error
     if exists and not final.is_dir():
         raise SaveError(f"Cannot write {folder}: it is a file. Give the name of a folder.")
+    if exists and final == Path.cwd():
+        # whoever works in it would be left in a folder that is no more
+        raise SaveError(f"Cannot write {folder}: it is the current folder. Give the name of one.")
     if full and not force:
         raise SaveError(
             f"Cannot write {folder}: it exists. Choose another name, or replace it with --force"

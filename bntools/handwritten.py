@@ -152,6 +152,10 @@ def _answer(seen: Observation, layer: NormLayer, chosen: bool) -> _Answer:  # no
     found = _Found(
         layer.path, rank, channels, identity, observe_training(module, identity, channels, rank)
     )
+    if found.training.odd:
+        return Reason.NOT_BATCH_NORM, (
+            "in training it does neither what a batch norm does nor what it does in eval mode"
+        )
     if found.frozen and found.training.moves:
         return Reason.NOT_BATCH_NORM, "it keeps statistics of batches, but does not use them"
     return found
@@ -236,7 +240,14 @@ def _converted(model: nn.Module, seen: Observation, found: _Found) -> ConvertedN
 def _checked(seen: Observation, converted: nn.Module, seed: int) -> Equivalence:
     """The whole model, on inputs that were not recorded."""
     examples = seen.fresh(seed)
-    outputs, _ = run(converted, examples)
+    try:
+        outputs, _ = run(converted, examples)
+    except Exception as error:
+        told = " ".join(str(error).split())[:200].rstrip(".")
+        raise SurgeryError(
+            f"Cannot convert the model: with nn.BatchNorm it raises {type(error).__name__}: {told}."
+            " Skip layers (--skip)."
+        ) from error
     check = compare(find_truth(seen.model, examples), outputs, inputs=str(examples))
     if not check:
         raise SurgeryError(f"Cannot convert the model: {check.summary()}. Skip layers (--skip).")

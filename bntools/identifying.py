@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = ["Identity", "NotABatchNorm", "Training", "identify", "observe_trainin
 
 _SAME = 1e-9
 _SIZE = 5
+_LARGE = 1030  # more than ghosts of a batch have
 
 
 class NotABatchNorm(Exception):  # noqa: N818 - an answer, no error
@@ -53,9 +54,10 @@ class Training:
     """How a module normalises and what it keeps while it is trained.
 
     `observed` is False where that could not be seen. `batch` says that it uses the statistics of
-    the batch; `by` lists what decides on that: "gradients", "mode", or both. `momentum` is that of
-    PyTorch, the weight of the new value, and None where the statistics do not follow such a rule;
-    `unbiased` says which variance is kept.
+    the batch, `odd` that it does neither that nor what it does in eval mode; `by` lists what
+    decides on that: "gradients", "mode", or both. `momentum` is that of PyTorch, the weight of the
+    new value, and None where the statistics do not follow such a rule; `unbiased` says which
+    variance is kept.
     """
 
     observed: bool
@@ -64,6 +66,7 @@ class Training:
     momentum: float | None = None
     unbiased: bool | None = None
     moves: bool = False
+    odd: bool = False
 
 
 def identify(module: nn.Module, channels: int, rank: int) -> Identity:
@@ -210,32 +213,50 @@ def observe_training(module: nn.Module, found: Identity, channels: int, rank: in
     except Exception:  # noqa: BLE001 - a module may raise anything in training
         return Training(observed=False)
     moves = not all(_same(_START[role] + 0 * new, new) for role, new in step.after.items())
-    if not step.by_batch:
+    if step.kind == "other" or _other_when_large(module, found, step.kind, channels, rank):
+        return Training(observed=True, moves=moves, odd=True)
+    if step.kind == "own":
         return Training(observed=True, moves=moves)
     modes = (("gradients", False, True), ("mode", True, False))
-    by = [name for name, *mode in modes if _uses_batch(module, found, data, *mode)]
+    by = tuple(name for name, *mode in modes if _uses_batch(module, found, data, *mode))
     if not moves:
-        return Training(observed=True, batch=True, by=tuple(by), momentum=0.0)
-    weight = _weight("mean", step.after["mean"], flat.mean(1))
+        return Training(observed=True, batch=True, by=by, momentum=0.0)
+    known = Training(observed=True, batch=True, by=by, moves=True)
+    weight = _weight("mean", step, flat.mean(1))
     for unbiased in (False, True):
         variance = flat.var(1, unbiased=unbiased)
-        if weight is not None and weight == _weight("variance", step.after["variance"], variance):
-            return Training(
-                observed=True, batch=True, by=tuple(by), momentum=weight, unbiased=unbiased,
-                moves=True,
-            )  # fmt: skip
-    return Training(observed=True, batch=True, by=tuple(by), moves=True)
+        if weight is not None and weight == _weight("variance", step, variance):
+            return replace(known, momentum=weight, unbiased=unbiased)
+    return known
+
+
+def _other_when_large(
+    module: nn.Module, found: Identity, kind: str, channels: int, rank: int
+) -> bool:
+    """Whether a large batch is treated otherwise: in parts, or at last at all."""
+    generator = torch.Generator().manual_seed(13)
+    shape = [_LARGE, channels, *[1] * (rank - 2)]
+    data = torch.randn(shape, generator=generator, dtype=torch.float64) * 1.7 + 0.6
+    try:
+        return _step(module, found, data, training=True, gradients=True).kind != kind
+    except Exception:  # noqa: BLE001 - it may want larger images
+        return False
 
 
 _START = {"mean": 0.3, "variance": 0.7}
+_GAMMA, _BETA = 1.3, 0.2
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One forward: whether the batch normalised itself, and the statistics afterwards."""
+    """A forward: whether it normalised with the "batch", its "own" numbers, or "other" ones.
 
-    by_batch: bool
+    `after` are the statistics afterwards, `later` those after a second forward, on other data.
+    """
+
+    kind: str
     after: Mapping[str, Tensor]
+    later: Mapping[str, Tensor]
 
 
 def _step(
@@ -243,16 +264,33 @@ def _step(
 ) -> _Step:
     twin = in_float64(module)
     twin.train(training)
-    numbers = {**_START, "gamma": 1.0 - found.offset, "beta": 0.0}
+    numbers = {**_START, "gamma": _GAMMA - found.offset, "beta": _BETA}
     for role, name in found.roles().items():
         _put(twin, name, torch.full_like(_get(twin, name).detach(), numbers[role]))
+    seen: list[dict[str, Tensor]] = []
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         out = twin(data.clone()).detach()
+        seen.append(_statistics(twin, found))
+        twin(_later(data))
+        seen.append(_statistics(twin, found))
     axes = [axis for axis in range(data.dim()) if axis != 1]
     variance, mean = torch.var_mean(data, axes, unbiased=False, keepdim=True)
-    normal = (data - mean) / (variance + found.eps).sqrt()
-    after = {role: _get(twin, found.roles()[role]).detach().flatten() for role in _START}
-    return _Step(out.shape == normal.shape and _same(out, normal), after)
+    kind = "other"
+    for name, m, v in (("batch", mean, variance), ("own", _START["mean"], _START["variance"])):
+        gamma, beta = 1.0 if found.gamma is None else _GAMMA, 0.0 if found.beta is None else _BETA
+        normal = (data - m) / torch.as_tensor(v + found.eps, dtype=data.dtype).sqrt() * gamma + beta
+        if out.shape == normal.shape and _same(out, normal):
+            kind = name
+    return _Step(kind, *seen)
+
+
+def _later(data: Tensor) -> Tensor:
+    return 0.5 * data - 0.4
+
+
+def _statistics(module: nn.Module, found: Identity) -> dict[str, Tensor]:
+    roles = found.roles()
+    return {role: _get(module, roles[role]).detach().flatten().clone() for role in _START}
 
 
 def _uses_batch(
@@ -263,14 +301,22 @@ def _uses_batch(
     gradients: bool,  # noqa: FBT001 - the same
 ) -> bool:
     try:
-        return _step(module, found, data, training=training, gradients=gradients).by_batch
+        return _step(module, found, data, training=training, gradients=gradients).kind == "batch"
     except Exception:  # noqa: BLE001 - a module may raise anything in training
         return False
 
 
-def _weight(role: str, after: Tensor, new: Tensor) -> float | None:
-    """The w for which `after = (1 - w) * before + w * new`, or None."""
-    change, whole = after - _START[role], new - _START[role]
+def _weight(role: str, step: _Step, new: Tensor) -> float | None:
+    """The w for which `after = (1 - w) * before + w * new`, twice; None where there is none."""
+    later = _later(new) if role == "mean" else 0.25 * new
+    first = _moved(_START[role] + 0 * new, step.after[role], new)
+    second = _moved(step.after[role], step.later[role], later)
+    same = first is not None and second is not None and math.isclose(first, second, rel_tol=1e-8)
+    return first if same else None
+
+
+def _moved(before: Tensor, after: Tensor, new: Tensor) -> float | None:
+    change, whole = after - before, new - before
     weight = float((change * whole).sum() / (whole * whole).sum().clamp_min(1e-300))
     if not 0 <= weight <= 1 or not _same(change, weight * whole):
         return None

@@ -132,7 +132,8 @@ class _Seen:
         last: dict[str, str] = {}
         for fold in compiled.folds:
             after = [host for host in fold.hosts if not host.before]
-            own = [h for h in after if h.weight not in last and h.bias and not h.gains_bias]
+            linear = [h for h in after if h.path not in self.affines]
+            own = [h for h in linear if h.weight not in last and h.bias and not h.gains_bias]
             self.biased[fold.layer.path] = tuple(host.path for host in own)
             last.update({host.weight: fold.layer.path for host in fold.hosts})
         for weight, absorption in absorptions(compiled.folds).items():

@@ -17,7 +17,6 @@ from bntools.architectures import build
 from bntools.errors import LoadError
 from bntools.formats.interface import Loaded, Request
 from bntools.formats.probe import explained, probe_file, similar
-from bntools.formats.table import is_onnx as _is_onnx
 from bntools.formats.table import recognised, refusal
 from bntools.trust import AllowList
 
@@ -63,11 +62,11 @@ def read_model(
     """Like `load`, with the notes and the recipe beside the model."""
     path = Path(source)
     request = Request(arch, AllowList(allow), trust)
-    if not path.exists():
+    if not os.path.exists(path):
         if arch is None and _NAMED.fullmatch(str(source)):
             model = build(str(source))
             return Loaded(model, (f"{source} has random weights: no file was given",))
-        raise LoadError(f"Cannot load {path}: there is no such file{similar(path)}.")
+        raise LoadError(f"Cannot load {path}: there is no such file{similar(path)}")
     probe = probe_file(path)
     with explained(probe):
         found = recognised(probe)
@@ -82,7 +81,7 @@ def check_takes(source: str | os.PathLike[str], verb: str) -> None:
     Raises LoadError. What is no file, or of no format that any verb takes, is left to `load`.
     """
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return
     probe = probe_file(path)
     with explained(probe):
@@ -92,6 +91,13 @@ def check_takes(source: str | os.PathLike[str], verb: str) -> None:
 
 
 def is_onnx(source: str | os.PathLike[str]) -> bool:
-    """Whether a file is an ONNX model, by its content or its name."""
+    """Whether a file is an ONNX model, by its content, or by its name where that tells nothing.
+
+    Raises LoadError for what cannot be read.
+    """
     path = Path(source)
-    return path.suffix == ".onnx" if not path.is_file() else _is_onnx(probe_file(path))
+    if not os.path.isfile(path):
+        return path.suffix == ".onnx"
+    probe = probe_file(path)
+    with explained(probe):
+        return recognised(probe).key == "ONNX"

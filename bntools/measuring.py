@@ -100,14 +100,14 @@ class Measure:
         if self._floating and candidate.is_floating_point():
             eps = max(self.limit.eps, torch.finfo(candidate.dtype).eps)
             self.limit = replace(self.limit, eps=eps)
-        gaps = [difference(each, truth) for each in (reference, candidate)]
         exact, mine = (each.detach().cpu().double() for each in (truth, candidate))
         self._note(exact, mine, (mine - exact).abs().nan_to_num(0.0))
         if self._floating:
-            self._sum(exact, gaps)
+            self._sum(exact, [difference(each, truth) for each in (reference, candidate)])
             self._note_direction(exact, mine)
         else:
-            self._sum(torch.ones_like(exact), [(gap != 0).double() for gap in gaps])
+            others = [_differ(each, truth) for each in (reference, candidate)]
+            self._sum(torch.ones_like(exact), [each.double() for each in others])
 
     def _note(self, exact: Tensor, mine: Tensor, gap: Tensor) -> None:
         scale = exact.abs().nan_to_num(0.0, posinf=0.0)
@@ -226,6 +226,14 @@ def _has_classes(tensor: Tensor) -> bool:
     if tensor.dim() == 2:
         return tensor.shape[1] > 1
     return tensor.dim() == 4 and tensor.shape[1] > 4
+
+
+def _differ(tensor: Tensor, truth: Tensor) -> Tensor:
+    """Where whole numbers differ; float64 does not have all that are beyond 2^53."""
+    mine, exact = tensor.detach().cpu(), truth.detach().cpu()
+    if mine.is_floating_point():
+        return mine.double() != exact.double()
+    return mine != exact
 
 
 def _fault(truth: Tensor, candidate: Tensor) -> str:

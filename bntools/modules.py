@@ -271,13 +271,20 @@ def _held(tensor: Tensor) -> tuple[Tensor, Tensor, bool, Tensor | None]:
 
 def _give_back(tensor: Tensor, same: Tensor, grad_flag: bool, grad: Tensor | None) -> None:  # noqa: FBT001
     """Undo what changed a tensor without changing its contents."""
-    if tensor.data_ptr() != same.data_ptr() or not _laid_out_alike(tensor, same):
+    if _moved(tensor, same) or not _laid_out_alike(tensor, same):
         tensor.data = same
     if tensor.is_leaf:
         if tensor.requires_grad is not grad_flag:
             tensor.requires_grad_(grad_flag)
         if tensor.grad is not grad:
             tensor.grad = grad
+
+
+def _moved(tensor: Tensor, same: Tensor) -> bool:
+    """Whether a tensor lies elsewhere now; a sparse one has no memory of its own to tell by."""
+    if tensor.layout is torch.strided and same.layout is torch.strided:
+        return tensor.data_ptr() != same.data_ptr()
+    return tensor.layout is not same.layout
 
 
 def _laid_out_alike(a: Tensor, b: Tensor) -> bool:

@@ -122,6 +122,11 @@ def _does_not_run(example_inputs: Any, failure: tuple[Examples, Exception] | Non
             " Give example inputs (--input-shape, --inputs)."
         )
     examples, error = failure
+    if "HigherOrderOperator" in str(error):
+        return (
+            "Cannot record the model: its forward calls torch.cond or another operator of"
+            " functions, of which no dataflow is seen. Export it (torch.export) and give the .pt2."
+        )
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if example_inputs is None:
         return (

@@ -16,12 +16,15 @@ __all__ = ["page"]
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2rem; font-size: 1.15rem; }
+h1 { margin-bottom: 0; overflow-wrap: anywhere; } h2 { margin-top: 2rem; font-size: 1.15rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; vertical-align: top;
-  border-bottom: 1px solid #8884; overflow-wrap: anywhere; }
+  border-bottom: 1px solid #8884; overflow-wrap: break-word; }
+th { white-space: nowrap; } td:last-child { overflow-wrap: anywhere; min-width: 8rem; }
+.wide { overflow-x: auto; }
 .verdict { font-weight: 600; } .good { color: #1a7f37; } .bad { color: #cf222e; }
-figure { margin: 1rem 0; background: #fff; } figure svg { width: 100%; height: auto; }
+figure { margin: 1rem 0; background: #fff; max-width: 46rem; }
+figure svg { display: block; width: 100%; height: auto; }
 figcaption { color: #444; padding: 0 0.5rem 0.5rem; font-size: 0.85rem; }
 code { font-size: 0.85em; } footer { margin-top: 2rem; color: #888; font-size: 0.8rem; }
 """
@@ -144,4 +147,5 @@ def _table(head: Sequence[str], rows: Sequence[Row]) -> str:
     ]
     left = len(rows) - _MOST_ROWS
     more = f"\n<p>... and {left} more: see the certificate.</p>" if left > 0 else ""
-    return f"<table>\n<tr>{top}</tr>\n" + "\n".join(lines) + f"\n</table>{more}"
+    table = f"<table>\n<tr>{top}</tr>\n" + "\n".join(lines) + "\n</table>"
+    return f'<div class="wide">\n{table}\n</div>{more}'

@@ -239,13 +239,13 @@ def _merged(
 ) -> tuple[Plan, Folded, Check, MergeReport]:
     """Merge what a proven fold left; norm layers that went with it are decided anew."""
     compiled = compiled_of(plan)
-    chosen = compiled.chosen - set(check.rolled_back)
-    seen = compiled.seen
+    seen, stuck = compiled.seen, frozenset(check.rolled_back)
     inputs = seen.examples, seen.second
-    start = Start(seen.model, folded.model, compiled.folds, inputs, chosen, options)
+    start = Start(seen.model, folded.model, compiled.folds, inputs, compiled.chosen, options, stuck)
     merged = merge_folded(start, prover)
     if merged.proof is not None:
-        proof, undone = merged.proof, (*check.rolled_back, *merged.undone)
+        proof = merged.proof
+        undone = (*(path for path in check.rolled_back if path not in merged.norms), *merged.undone)
         check = replace(check, native=proof.native, float64=proof.float64, rolled_back=undone)
     decisions = {d.path: d for after in merged.plans for d in after.folds}
     for path, host in merged.norms.items():

@@ -65,8 +65,10 @@ class Preprocessing:
         if self.size is not None and min(self.size) < 1:
             raise DataError(f"Cannot resize to {_sized(self.size)}: give sizes of 1 or more.")
         numbers = (*(self.mean or ()), *(self.std or ()))
-        if any(not np.isfinite(number) for number in numbers) or 0 in (self.std or ()):
-            raise DataError("Cannot normalise: mean and std are finite, and std is not 0.")
+        if any(not np.isfinite(number) for number in numbers) or min(self.std or (1,)) <= 0:
+            raise DataError(
+                "Cannot normalise: mean and std are finite numbers, std above 0. Change them."
+            )
 
     def __str__(self) -> str:
         if self.preset is not None:

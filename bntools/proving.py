@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from bntools.measuring import pooled
 from bntools.planning import NormFold
 from bntools.report import Equivalence, OutputError
 from bntools.surgery.folding import Folded, fold_copy, fold_in_place
-from bntools.tolerance import FLOAT64_LIMIT, float64_limit, relative_error
+from bntools.tolerance import float64_limit, relative_error
+from bntools.watching import jittered
 
 __all__ = ["Proof", "Prover", "watched"]
 
@@ -83,8 +85,7 @@ class Prover:
         if shared:
             return Proof(self.nothing(f"the copy still uses the original's {shared[0]}"), exact)
         truth = self._truth(folds)
-        # a model in float64 is its own truth, and shows no rounding of its own to judge by
-        allowed = FLOAT64_LIMIT if truth.coarsest == torch.float64 else None
+        allowed = self._float64_limit(truth) if truth.coarsest == torch.float64 else None
         judged = self._judged(truth, outputs, layers)
         native = compare(truth, judged, inputs=str(self.examples), allowed=allowed)
         if not native and exact and not self.by_layer:
@@ -157,10 +158,25 @@ class Prover:
         examples = self.examples.cast(torch.float64, "cpu")
         outputs, layers = run(made, examples, watch=self.watch)
         truth = self._truth(folds)
-        noise = (o.reference_error for o in compare(truth, truth.exact).outputs)
-        allowed = float64_limit(max(noise, default=0.0), truth.coarsest)
         judged = self._judged(truth, outputs, layers)
+        allowed = self._float64_limit(truth)
         return compare(truth, judged, inputs=str(self.examples), allowed=allowed), layers
+
+    def _float64_limit(self, truth: Truth) -> float:
+        """What a fold in float64 may be off, by the model's amplification of rounding."""
+        noise = (o.reference_error for o in compare(truth, truth.exact).outputs)
+        own = self._own_noise if truth.coarsest == torch.float64 else max(noise, default=0.0)
+        return float64_limit(own, truth.coarsest)
+
+    @cached_property
+    def _own_noise(self) -> float:
+        """The rounding of a model that is float64 itself: it is its own truth, and shows none.
+
+        So it runs once more with every parameter off by about one rounding.
+        """
+        moved = run(jittered(self.model, seed=0), self.examples, watch=self.watch)
+        judged = compare(self.truth, self._judged(self.truth, *moved))
+        return max((o.error for o in judged.outputs), default=0.0)
 
     def _truth(self, folds: Sequence[NormFold]) -> Truth:
         """The truth, of layers only those that give the same with these folds as without."""
@@ -201,7 +217,7 @@ class Prover:
 
 def watched(folds: Sequence[NormFold]) -> list[str]:
     """The layers whose outputs a check of folds, or of some of them, compares."""
-    hosts = [host.path for fold in folds if fold.forward for host in fold.hosts]
+    hosts = [host.path for fold in folds if fold.forward for host in fold.hosts if host.is_layer]
     return list(dict.fromkeys([*(fold.layer.path for fold in folds), *hosts]))
 
 
@@ -216,7 +232,9 @@ def _told_by(folds: Sequence[NormFold]) -> dict[str, tuple[str, ...]]:
         if not fold.forward:
             last.update({host.path: fold.layer.path for host in fold.hosts})
     return {
-        fold.layer.path: tuple(dict.fromkeys(last.get(h.path, h.path) for h in fold.hosts))
+        fold.layer.path: tuple(
+            dict.fromkeys(last.get(h.path, h.path) for h in fold.hosts if h.is_layer)
+        )
         if fold.forward
         else (fold.layer.path,)
         for fold in folds

@@ -116,7 +116,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
         """Read JSON data; raises `LoadError` for data of another version or shape."""
-        if not isinstance(data, Mapping) or data.get("version") != RECIPE_VERSION:
+        version = data.get("version") if isinstance(data, Mapping) else None
+        if type(version) is not int or version != RECIPE_VERSION:
             raise LoadError("Cannot read a recipe of another version. Upgrade bntools.")
         edits = data.get("edits")
         if not isinstance(edits, (list, tuple)) or len(edits) > _MOST_EDITS:
@@ -216,11 +217,38 @@ def _add_bias(module: nn.Module, edit: Edit, _: _Factory | None) -> None:
         raise SurgeryError(f"Cannot add a bias to {edit.path}: it has no {edit.channels} channels.")
     if module._parameters.get("bias") is not None:
         raise SurgeryError(f"Cannot add a bias to {edit.path}: it has one.")
+    outputs = getattr(module, "out_channels", getattr(module, "out_features", edit.channels))
+    if isinstance(module, _LINEAR) and outputs != edit.channels:
+        raise SurgeryError(
+            f"Cannot add a bias to {edit.path}: it has {outputs} channels, not {edit.channels}."
+            " The recipe is of another architecture."
+        )
     values = torch.zeros(edit.channels, dtype=weight.dtype, device=weight.device)
     module._parameters["bias"] = nn.Parameter(values, requires_grad=weight.requires_grad)
 
 
-def _drop_norm(module: nn.Module, _: Edit, __: _Factory | None) -> nn.Module:
+_LINEAR = (nn.modules.conv._ConvNd, nn.Linear)  # noqa: SLF001 - the base of all has no other name
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm  # noqa: SLF001 - the same
+
+
+def _check_class(module: nn.Module, edit: Edit, *, home: str, what: str) -> None:
+    """Refuse a layer that can be no norm, or no activation: the recipe is of other layers.
+
+    Those of users may be anything, but have no submodules.
+    """
+    cls = type(module)
+    of_torch = cls.__module__.startswith("torch.nn.modules.") and cls is not nn.Module
+    known = cls.__module__ == home or isinstance(module, nn.Identity)
+    if not known and (of_torch or module._modules):
+        raise SurgeryError(
+            f"Cannot {edit.kind} {edit.path or 'the model'}: a {cls.__name__} is no {what}. The"
+            " recipe is of another architecture."
+        )
+
+
+def _drop_norm(module: nn.Module, edit: Edit, __: _Factory | None) -> nn.Module:
+    if not isinstance(module, _BATCH_NORM) and norm_rule(module) is None:
+        _check_class(module, edit, home=_BATCH_NORM.__module__, what="norm layer")
     left = _remainder(module)
     new = left if left is not None else nn.Identity().train(module.training)
     return _with_guests(module, new)
@@ -240,6 +268,7 @@ def _with_guests(norm: nn.Module, new: nn.Module) -> nn.Module:
 
 def _remove_activation(module: nn.Module, edit: Edit, _: _Factory | None) -> nn.Module | None:
     if "after" not in edit.options:
+        _check_class(module, edit, home=nn.ReLU.__module__, what="activation")
         return nn.Identity().train(module.training)
     remove_activation_after(module, str(edit.options["after"]))
     return None

@@ -102,6 +102,5 @@ def _webdataset() -> Any:
         return importlib.import_module("webdataset")
     except ImportError as error:
         raise DataError(
-            f"Cannot read tar shards: {one_line(error)}. Install it with: pip install"
-            " 'bntools[webdataset]'"
+            f"Cannot read tar shards: {one_line(error)}. Install it with: pip install webdataset"
         ) from error

@@ -144,7 +144,7 @@ def decoded(file: Path | IO[bytes], preprocessing: Preprocessing) -> Tensor | st
             return preprocessing.image(image)
     except UnidentifiedImageError:
         return "it is no image"
-    except ChannelsError:  # about what was asked for, which no other image would suit better
+    except (ChannelsError, MemoryError):  # about what was asked for, not about this image
         raise
     except Exception as error:  # noqa: BLE001 - decoders raise anything on a damaged file
         strerror = error.strerror if isinstance(error, OSError) else None

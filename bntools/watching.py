@@ -22,9 +22,11 @@ from bntools.examples import Examples
 from bntools.modules import duplicate, floating_tensors, named_modules, named_tensors, preserved
 from bntools.planning import NormFold
 from bntools.planning.deciding import decide
+from bntools.planning.folds import Kept
+from bntools.report import Reason
 from bntools.runtimes.precision import tf32
 
-__all__ = ["Folded", "Key", "Layered", "Point", "See", "TorchLayers", "run_watched"]
+__all__ = ["Folded", "Key", "Layered", "Point", "See", "TorchLayers", "jittered", "run_watched"]
 
 
 class Key(NamedTuple):
@@ -142,14 +144,15 @@ class TorchLayers:
         forward = self._forward(norms)
         gone -= forward
         changed: set[Hashable] = set(_onward(forward, gone | forward))
-        while kept := {node for node in gone if not _hosts(node, gone | forward)}:
+        norms_left = set(self._graph.of_kind(Kind.AFFINE)) - gone - forward
+        while kept := {node for node in gone if not _hosts(node, gone | forward, norms_left)}:
             gone -= kept
         carried: dict[Hashable, tuple[Hashable, str]] = {}
         for node in sorted(gone, key=lambda each: each.order):
             between = set(_between(node.inputs[0], gone))
             changed.update(between)
             through = {value.producer for value in between if value.producer is not None}
-            for host in _hosts(node, gone):
+            for host in _hosts(node, gone, norms_left):
                 ways = reach(host.outputs[0], frozenset(), through).nodes
                 changed.update(value for way in ways for value in way.outputs)
             origin = _origin(node, gone)
@@ -163,7 +166,9 @@ class TorchLayers:
 
     def _forward(self, norms: Set[str]) -> set[Node]:
         """The calls of the norms that fold into what comes after them."""
-        outcomes = decide(self._graph, norms, {}).items()
+        stays = Refused(Reason.SKIPPED, "it is there")
+        forced = {path: Kept(stays, stays) for path in self._sites if path not in norms}
+        outcomes = decide(self._graph, self._sites.keys(), forced).items()
         paths = [path for path, fold in outcomes if isinstance(fold, NormFold) and fold.forward]
         return {node for path in paths for node in self._sites.get(path, ())}
 
@@ -190,9 +195,9 @@ class TorchLayers:
 
         Random numbers come from another seed: what draws them shows by a large error.
         """
-        jittered = _jittered(self.model, seed)
+        model = jittered(self.model, seed)
         with tf32(self.tf32):
-            run_watched(jittered, self.examples, wanted, see, seed=seed)
+            run_watched(model, self.examples, wanted, see, seed=seed)
 
     def exactly(self) -> Callable[[Collection[Key], See], None] | None:
         """The same in float64, if the model runs in that."""
@@ -210,7 +215,7 @@ class TorchLayers:
 
 
 @torch.no_grad()
-def _jittered(model: nn.Module, seed: int) -> nn.Module:
+def jittered(model: nn.Module, seed: int) -> nn.Module:
     """A copy in which every floating parameter and buffer is off by about one rounding."""
     generator = torch.Generator().manual_seed(seed)
     moved: dict[int, Tensor] = {}
@@ -245,15 +250,17 @@ def _points(model: nn.Module, graph: Graph) -> Iterator[Point]:
             yield Point(Key(path, calls[path], output), kind, size, value)
 
 
-def _hosts(norm: Node, gone: Set[Node]) -> list[Node]:
+def _hosts(norm: Node, gone: Set[Node], left: Set[Node]) -> list[Node]:
     """The layers that can have absorbed a norm; none where all on the way to it has to agree.
+
+    The norms that are `left` are among those.
 
     A layer that something else than this norm uses as well cannot have: the norm is gone as nobody
     uses what it gives, or wrongly.
     """
     same = {node for node in gone if node.norm.owner == norm.norm.owner}
     try:
-        found = origins(norm.inputs[0], gone)
+        found = origins(norm.inputs[0], gone, left)
     except Refused:
         return []
     hosts = list(found.hosts)
@@ -290,7 +297,8 @@ def _origin(norm: Node, gone: Set[Node]) -> Value | None:
     value = norm.inputs[0]
     while value.producer is not None and value.producer in gone:
         value = value.producer.inputs[0]
-    return value if value.producer is not None and value.producer.kind is Kind.LINEAR else None
+    absorbing = (Kind.LINEAR, Kind.AFFINE)
+    return value if value.producer is not None and value.producer.kind in absorbing else None
 
 
 def _is_wrapped(tensor: Tensor) -> bool:

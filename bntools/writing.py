@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,11 @@ def check_writable(path: StrPath, *, force: bool = False) -> None:
         raise SaveError(f"Cannot write {target}: there is no folder {folder}. Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SaveError(f"Cannot write {target}: the folder {folder} cannot be written to.")
+    try:  # what the permissions promise, a network or a special file system may refuse
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise failed(target, error) from error
 
 
 def write_atomically(path: StrPath, write: Writer, *, force: bool = False) -> None:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -50,7 +49,7 @@ class Console:
 
     def warn_of_trust(self, source: str) -> None:
         """What --trust means for a file."""
-        if Path(source).exists():
+        if os.path.exists(source):
             self.warn(
                 f"--trust: {source} may run code of its own as it is read, with all that you may"
                 " do on this computer"

@@ -15,6 +15,8 @@ from click.core import ParameterSource
 import bntools
 from bntools.errors import BNToolsError
 
+from .values import Whole, named
+
 if TYPE_CHECKING:
     from bntools import Data
 
@@ -127,6 +129,7 @@ def _source(name: str, *, required: bool) -> Callable[..., Any]:
         name,
         "source",
         metavar="SOURCE",
+        callback=named,
         required=required,
         help="Data: a folder of images (class folders give labels), arrays in .npz, .npy, .pt"
         " or .safetensors (FILE?images=NAME&labels=NAME), .tar shards,"
@@ -137,14 +140,14 @@ def _source(name: str, *, required: bool) -> Callable[..., Any]:
 _OPTIONS = [
     click.option(
         "--batch-size",
-        type=click.IntRange(1),
+        type=Whole(1),
         metavar="N",
         default=32,
         help="Samples of a batch, over all processes (default 32).",
     ),
     click.option(
         "--max-samples",
-        type=click.IntRange(1),
+        type=Whole(1),
         metavar="N",
         help="Use no more samples than these.",
     ),
@@ -156,7 +159,7 @@ _OPTIONS = [
     ),
     click.option(
         "--workers",
-        type=click.IntRange(0, 256),
+        type=Whole(0, 256),
         metavar="N",
         default=0,
         help="Threads that read and decode ahead (default 0).",
@@ -217,7 +220,7 @@ def data_options(
         def run(*arguments: Any, **values: Any) -> None:
             data = DataJob(**{field.name: values.pop(field.name) for field in fields(DataJob)})
             _check_wanted(data, name)
-            if data.preset and (data.size or data.mean or data.std or data.grayscale):
+            if data.preset is not None and (data.size or data.mean or data.std or data.grayscale):
                 raise click.UsageError(
                     "--preset has the size, mean, std and channels: leave these options out."
                 )

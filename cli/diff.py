@@ -11,7 +11,8 @@ import click
 import bntools
 
 from .console import Console
-from .options import Answer, file_option, is_same
+from .options import Answer, is_same
+from .values import file_option, named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +34,8 @@ one standard deviation.
 
 
 @click.command("diff", help=_HELP, short_help="Compare the running statistics of two models.")
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", callback=named)
+@click.argument("second", metavar="B", callback=named)
 @click.option(
     "--arch",
     metavar="NAME",
@@ -119,6 +120,7 @@ class _Asked:
 
     def load(self, source: str, console: Console) -> nn.Module:
         """One of the models."""
+        bntools.check_takes(source, "diff")
         if self.trust:
             console.warn_of_trust(source)
         with console.working(f"loading {source}"):

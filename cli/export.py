@@ -13,7 +13,8 @@ import click
 import bntools
 from bntools.report import ExportReport, Result
 
-from .options import Answer, Job, file_option, is_same, shared_options
+from .options import Answer, Job, is_same, shared_options
+from .values import Whole, file_option
 
 __all__ = ["export"]
 
@@ -42,7 +43,7 @@ rounding, at several batch sizes. The file is written only where it passes (else
     help="Where to write the result; beside MODEL by default: model.onnx.",
 )
 @click.option("--no-fold", is_flag=True, help="Keep every BatchNormalization node.")
-@click.option("--opset", type=click.IntRange(1), metavar="N", help="The ONNX opset to write.")
+@click.option("--opset", type=Whole(1), metavar="N", help="The ONNX opset to write.")
 @click.option(
     "--static-batch/--dynamic-batch",
     "static",

@@ -87,10 +87,10 @@ def fold(
     how = _How(merge_branches, merge_linear, pad_forward, keep_originals)
     if is_onnx(job):
         check_options(job, **asdict(how))
-    if dry_run:
+    if dry_run and not how.merges:
         _plan(job, output, how)
     else:
-        _fold(job, output, how, strict=strict)
+        _fold(job, output, how, strict=strict, dry_run=dry_run)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ class _How:
     pad_forward: bool
     keep_originals: bool
 
+    @property
+    def merges(self) -> bool:
+        """Whether layers may merge, which shows only once the norms are folded."""
+        return self.merge_branches or self.merge_linear
+
 
 def _plan(job: Job, output: Path, how: _How) -> None:
     job.check_writable(job.report)
@@ -110,8 +115,6 @@ def _plan(job: Job, output: Path, how: _How) -> None:
     if plan.folds:
         exists = ", which exists: that takes --force" if output.exists() and not job.force else ""
         job.console.note(f"would write {output}{exists}")
-    if how.merge_branches or how.merge_linear:
-        job.console.note("note: what merges is decided once it is folded, without --dry-run")
     answer = Answer(plan, {"model": job.model, "output": None})
     job.write_report(answer)
     job.show(answer, str(plan) if plan.decisions else "the model has no norm layer to fold")
@@ -132,8 +135,11 @@ def _planned(job: Job, how: _How) -> Plan:
         )
 
 
-def _fold(job: Job, output: Path, how: _How, *, strict: bool) -> None:
-    job.check_output(output, keep_originals=how.keep_originals)
+def _fold(job: Job, output: Path, how: _How, *, strict: bool, dry_run: bool) -> None:
+    if dry_run:
+        job.console.note("note: what merges shows on a folded copy, which is not written")
+    else:
+        job.check_output(output, keep_originals=how.keep_originals)
     job.check_writable(job.report)
     result = _folded(job, how)
     report = result.report
@@ -142,7 +148,7 @@ def _fold(job: Job, output: Path, how: _How, *, strict: bool) -> None:
     for path in failed:
         job.console.warn(f"the fold of {path} failed its check and was undone")
     passed = _is_proven(report) and not (strict and failed)
-    written = _save(job, result, output) if passed else None
+    written = _save(job, result, output, dry_run=dry_run) if passed else None
     answer = Answer(result, {"model": job.model, "output": written})
     if passed:
         job.write_report(answer)
@@ -172,11 +178,11 @@ def _folded(job: Job, how: _How) -> Result[Report]:
         )
 
 
-def _save(job: Job, result: Result[Report], output: Path) -> str | None:
+def _save(job: Job, result: Result[Report], output: Path, *, dry_run: bool) -> str | None:
     if not result.report.changed:
         job.console.note("nothing was folded, so no model is written")
         return None
-    return job.save(result, output)
+    return job.save(result, output, dry_run=dry_run)
 
 
 def _is_proven(report: Report) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import click
 
@@ -16,7 +16,7 @@ __all__ = ["check_options", "fold_onnx", "inspect_onnx", "is_onnx", "plan_onnx"]
 
 def is_onnx(job: Job) -> bool:
     """Whether the model is an ONNX file."""
-    return Path(job.model).is_file() and bntools.is_onnx(job.model)
+    return os.path.isfile(job.model) and bntools.is_onnx(job.model)
 
 
 def check_options(job: Job, **wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from bntools.errors import BNToolsError, InputError
 from bntools.report import Result
 
 from .console import Console
+from .values import Whole, file_option, input_file, named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,7 +129,7 @@ class Job(Common):
         return path.with_name(path.name + ending)
 
     def _is_name(self) -> bool:
-        return ":" in self.model and not Path(self.model).exists()
+        return ":" in self.model and not os.path.exists(self.model)
 
     def load(self) -> nn.Module:
         """The model, on the device that was asked for."""
@@ -143,7 +145,7 @@ class Job(Common):
     def save(self, result: Result[Any], output: Path, *, dry_run: bool = False) -> str | None:
         """Write the model of a surgery, or say what would be written; the name of the file."""
         if dry_run:
-            exists = ", which exists: that takes --force" if output.exists() else ""
+            exists = ", which exists: that takes --force" if os.path.exists(output) else ""
             self.console.note(f"would write {output}{'' if self.force else exists}")
             return None
         if self.device is not None:
@@ -189,6 +191,10 @@ class Answer:
 
 
 def _moved(model: nn.Module, device: str) -> nn.Module:
+    if device.partition(":")[0] == "meta":
+        raise BNToolsError(
+            "Cannot use the device meta: it holds no numbers. Choose another, such as --device cpu."
+        )
     try:
         return model.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -196,13 +202,6 @@ def _moved(model: nn.Module, device: str) -> nn.Module:
         raise BNToolsError(
             f"Cannot use the device {device}: {why}. Choose another, such as --device cpu."
         ) from error
-
-
-def file_option(_: click.Context, option: click.Parameter, value: str | None) -> Path | None:
-    """Turn the value of an option into a path."""
-    if value == "-":
-        raise click.BadParameter("it is a file; --json prints the report on stdout.", param=option)
-    return None if value is None else Path(value)
 
 
 def _remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -257,7 +256,7 @@ _OPTIONS = dict(
         _option(
             "--inputs",
             metavar="FILE",
-            callback=file_option,
+            callback=input_file,
             help="Inputs from a file: .npz (arg0, arg1, ... are positional, others keywords), .npy,"
             " or .pt (tensor, tuple of arguments, dict of keywords).",
         ),
@@ -275,7 +274,7 @@ _OPTIONS = dict(
         ),
         _option(
             "--seed",
-            type=click.IntRange(0, 2**32 - 1),
+            type=Whole(0, 2**32 - 1),
             metavar="N",
             default=0,
             help="Seed of all that is random: inputs, orders (default 0).",
@@ -302,10 +301,10 @@ _ABSENT: dict[str, Any] = {
     "skip": (),
     "device": None,
 }
-_ON_ONE = [click.argument("model", metavar="MODEL")]
+_ON_ONE = [click.argument("model", metavar="MODEL", callback=named)]
 _ON_TWO = [
-    click.argument("reference", metavar="REFERENCE"),
-    click.argument("candidate", metavar="CANDIDATE"),
+    click.argument("reference", metavar="REFERENCE", callback=named),
+    click.argument("candidate", metavar="CANDIDATE", callback=named),
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import file_option
+from .values import Number, Whole, file_option, named
 
 __all__ = ["Asked", "recalibrate_options"]
 
@@ -78,7 +78,7 @@ def _function(_context: click.Context, option: click.Parameter, value: str | Non
 
 
 _MOMENTUM = 0.1
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_POSITIVE = Number(min=0, min_open=True)
 
 _OPTIONS = [
     click.option(
@@ -98,7 +98,7 @@ _OPTIONS = [
     ),
     click.option(
         "--momentum",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Number(0, 1, min_open=True),
         metavar="X",
         default=_MOMENTUM,
         help="Weight of each new batch with --method ema (default 0.1).",
@@ -113,7 +113,7 @@ _OPTIONS = [
     ),
     click.option(
         "--max-passes",
-        type=click.IntRange(1),
+        type=Whole(1),
         metavar="N",
         help="At most so many with --passes converge (default 20).",
     ),
@@ -131,9 +131,7 @@ _OPTIONS = [
         help="Count the old statistics as N samples; auto: the mixture with the best score, without"
         " --eval-data that on batches that are held out (default 0).",
     ),
-    click.option(
-        "--max-batches", type=click.IntRange(1), metavar="N", help="Stop after so many batches."
-    ),
+    click.option("--max-batches", type=Whole(1), metavar="N", help="Stop after so many batches."),
     click.option(
         "--max-error",
         type=_POSITIVE,
@@ -173,6 +171,7 @@ _OPTIONS = [
     click.option(
         "--eval-data",
         metavar="SOURCE",
+        callback=named,
         help="Labelled data, prepared like --data: the accuracy on them is the score.",
     ),
     click.option(

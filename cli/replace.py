@@ -17,7 +17,8 @@ from bntools.errors import TargetError
 from bntools.report import ReplacementReport, Result
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, file_option, is_same, shared_options, state_dict_option
+from .options import Answer, Job, is_same, shared_options, state_dict_option
+from .values import Whole, file_option
 
 if TYPE_CHECKING:
     from bntools.report import FitProgress
@@ -65,7 +66,9 @@ class _Groups(click.ParamType[int | str]):
     def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
         if value == "auto":
             return "auto"
-        return click.IntRange(1).convert(value, param, ctx)
+        if not (isinstance(value, int) or value.isdecimal()) or int(value) < 1:
+            self.fail(f"{value!r} is neither a whole number from 1 nor 'auto'.", param, ctx)
+        return int(value)
 
 
 _OPTIONS = [
@@ -94,7 +97,7 @@ _OPTIONS = [
     ),
     click.option(
         "--channels-per-group",
-        type=click.IntRange(1),
+        type=Whole(1),
         metavar="N",
         help="The size of a group in place of their number.",
     ),
@@ -106,7 +109,7 @@ _OPTIONS = [
     ),
     click.option(
         "--distill",
-        type=click.IntRange(1),
+        type=Whole(1),
         metavar="STEPS",
         help="After --fit, tune the new layers against the original for so many steps.",
     ),
@@ -123,7 +126,7 @@ _OPTIONS = [
     ),
     click.option(
         "--cache",
-        type=click.IntRange(0),
+        type=Whole(0),
         default=4096,
         metavar="MIB",
         help="Memory for activations during --fit; the disk takes the rest (default 4096).",

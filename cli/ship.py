@@ -12,7 +12,8 @@ from bntools.errors import ShipError
 from bntools.report import Result, ShipReport, ShipStep
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, file_option, is_same, options_without
+from .options import Answer, Job, is_same, options_without
+from .values import Whole, file_option, named
 
 __all__ = ["ship"]
 
@@ -55,9 +56,12 @@ _FIRST_CODE = 11
     help="How statistics are estimated from --data (default cumulative).",
 )
 @click.option(
-    "--eval-data", metavar="SOURCE", help="Labelled data for the score before and after --data."
+    "--eval-data",
+    metavar="SOURCE",
+    callback=named,
+    help="Labelled data for the score before and after --data.",
 )
-@click.option("--opset", type=click.IntRange(1), metavar="N", help="The ONNX opset to write.")
+@click.option("--opset", type=Whole(1), metavar="N", help="The ONNX opset to write.")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size at that of the input.")
 @data_options("--data", required=False)
 @options_without("only", "skip", "device")

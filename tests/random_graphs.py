@@ -527,8 +527,9 @@ def tally(plan: Plan, counts: Counter[str]) -> None:
             continue
         counts["folded"] += 1
         counts["folded forward"] += decision.forward
-        through = decision.detail.rpartition("through ")[2].split(", ")
-        counts.update(f"through {name}" for name in through if name not in ("", "forward"))
+        counts["folded into a norm that stays"] += "into a norm" in decision.detail
+        through = decision.detail.partition("through ")[2].split(", ")
+        counts.update(f"through {name}" for name in through if name)
 
 
 # A recorded run

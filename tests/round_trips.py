@@ -2,10 +2,12 @@
 
     python tests/round_trips.py write FOLDER [ARCH ...]
     python tests/round_trips.py read FOLDER
+    python tests/round_trips.py answer FOLDER [--quick]
 
 For each architecture and format a file is made, and from it, by each verb that gives a model, a
 second one. The outputs before saving are written beside; reading them compares, and prints one JSON
-object with the relative error of every file (0 for equal bits) and what else was found.
+object with the relative error of every file (0 for equal bits) and what else was found. The verbs
+that answer with no model are typed as commands on the first files (`round_trip_answers.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from typing import Any
 
 import torch
 from randomise import difference, outputs, randomise, settle
+from round_trip_answers import ALLOW, WEIGHTS, answers, run_onnx
 from torch import nn
 
 import bntools
 from bntools.formats.table import supported
 from bntools.recipe import recipe_of
 
-__all__ = ["ARCHITECTURES", "MODEL_VERBS", "read", "write"]
+__all__ = ["ARCHITECTURES", "ENDINGS", "MODEL_VERBS", "read", "verbs_of", "write"]
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "digits_cnn.pt"
 ENDINGS = {
@@ -115,18 +118,21 @@ MODEL_VERBS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 }
 
 
+def verbs_of() -> dict[str, frozenset[str]]:
+    """The verbs that take each format, by the table of formats; a state dict is one of its own."""
+    found = {entry.key: entry.verbs for entry in supported()}
+    return {**found, "state dict": found["torch.save"]}
+
+
 def _cases() -> Iterator[tuple[str, str, frozenset[str]]]:
     """(name, ending, verbs) of every format."""
-    by_key = {entry.key: entry for entry in supported()}
+    by_name = verbs_of()
     for name, ending in ENDINGS.items():
-        entry = by_key["torch.save" if name == "state dict" else name]
-        yield name, ending, entry.verbs
+        yield name, ending, by_name[name]
 
 
 def _load(file: Path, arch: str, name: str) -> Any:
-    allow = ["round_trips.Odd", "round_trips.Moving"]
-    weights = name in ("state dict", "safetensors")
-    return bntools.load(file, arch if weights else None, allow, trust=name == "TorchScript")
+    return bntools.load(file, arch if name in WEIGHTS else None, ALLOW, trust=name == "TorchScript")
 
 
 def write(folder: Path, archs: list[str]) -> None:
@@ -140,7 +146,7 @@ def write(folder: Path, archs: list[str]) -> None:
         for name, ending, verbs in _cases():
             base = folder / f"{number}.{name.replace(' ', '-')}"
             if name == "ONNX":
-                _write_onnx(model, x, base)
+                _write_onnx(model, arch, x, base)
                 continue
             origin = base.with_name(f"{base.name}.base{ending}")
             bntools.save(model, origin, state_dict=name == "state dict", example_inputs=x)
@@ -161,26 +167,18 @@ def _note(
     file.with_name(f"{file.name}.json").write_text(json.dumps(told))
 
 
-def _write_onnx(model: Any, x: torch.Tensor, base: Path) -> None:
+def _write_onnx(model: Any, arch: str, x: torch.Tensor, base: Path) -> None:
     """The model with its norms, and folded as a file, as ONNX Runtime runs them."""
     origin = base.with_name(f"{base.name}.base.onnx")
     bntools.save(model, origin, example_inputs=x)
     result = bntools.fold_onnx(origin)
     bntools.save(result, base.with_name(f"{base.name}.fold.onnx"))
     for file, source in (("base", origin.read_bytes()), ("fold", result.model.SerializeToString())):
-        told = {"arch": "", "format": "ONNX", "verb": file, "recipe": None}
+        told = {"arch": arch, "format": "ONNX", "verb": file, "recipe": None}
         named = base.with_name(f"{base.name}.{file}.onnx")
-        content = {"outputs": _run_onnx(source, x), "input": x}
+        content = {"outputs": run_onnx(source, x), "input": x}
         torch.save(content, named.with_name(f"{named.name}.expected"))
         named.with_name(f"{named.name}.json").write_text(json.dumps({**told, "file": named.name}))
-
-
-def _run_onnx(source: bytes | str, x: torch.Tensor) -> list[torch.Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
-    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    return [torch.from_numpy(each) for each in found]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -192,7 +190,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         expected = torch.load(file.with_name(f"{file.name}.expected"), weights_only=True)
         x, before = expected["input"], expected["outputs"]
         if told["format"] == "ONNX":
-            after, recipe = _run_onnx(str(file), x), None
+            after, recipe = run_onnx(file, x), None
         else:
             model = _load(file, told["arch"], told["format"])
             after, recipe = outputs(model, x), recipe_of(model).to_dict()
@@ -207,8 +205,12 @@ def _main(arguments: list[str]) -> None:
     task, folder, *archs = arguments
     if task == "write":
         write(Path(folder), archs or list(ARCHITECTURES))
+        return
+    if task == "read":
+        found = read(Path(folder))
     else:
-        sys.stdout.write(json.dumps(read(Path(folder)), indent=1))
+        found = answers(Path(folder), verbs_of(), quick="--quick" in archs)
+    sys.stdout.write(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

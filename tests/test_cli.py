@@ -108,6 +108,9 @@ def folder(tmp_path, monkeypatch):
     sys.modules.pop("nets", None)
 
 
+LONG = "x" * 5000
+
+
 def files():
     """What is in the working folder."""
     return sorted(path.name for path in Path().iterdir() if path.name != "__pycache__")
@@ -459,6 +462,23 @@ def test_the_seed_decides_the_check(folder):
     errors = [check["native"]["outputs"][0]["max_abs"] for check in seeds]
     assert errors[0] == errors[1] != errors[2]
     assert [check["seed"] for check in seeds] == [0, 0, 7]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", LONG),
+        ("fold", f"{LONG}.onnx"),
+        ("verify", "model.pt", LONG),
+        ("recalibrate", "model.pt", "--data", LONG),
+        ("fold", "model.pt", "--inputs", LONG),
+        ("fold", "model.pt", "-o", LONG),
+        ("ship", "model.pt", "-o", LONG),
+    ],
+)
+def test_a_name_that_no_file_system_takes(folder, arguments):
+    """Asking for its status raises an error, where a file that is not there does not."""
+    fails(*arguments, says="file name too long|no such file")
 
 
 def test_a_device_by_its_name(folder):

@@ -104,9 +104,26 @@ def test_two_layers_in_a_row_merge_on_request(folder):
     assert sum(isinstance(m, nn.Conv2d) for m in bntools.load("merged.pt").modules()) == 1
 
 
-def test_a_dry_run_says_that_it_does_not_tell(folder):
-    result = fold("--merge-branches", "--dry-run")
-    assert "what merges is decided once it is folded" in result.stderr
+def test_a_dry_run_shows_what_would_merge_and_writes_nothing(folder):
+    """On a folded copy: the table, the sizes and the check are those of the run itself."""
+    before = sorted(path.name for path in folder.iterdir())
+    dry = fold("--merge-branches", "--dry-run")
+    assert "merged, rewriting 1" in dry.stdout
+    assert "convolutions 4 -> 2 (-50.0 %)" in dry.stdout
+    assert "would write model.folded.pt" in dry.stderr
+    assert "which is not written" in dry.stderr
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert dry.stdout == fold("--merge-branches").stdout
+    again = fold("--merge-branches", "--dry-run")
+    assert "which exists: that takes --force" in again.stderr
+
+
+def test_a_dry_run_has_the_merges_of_linear_layers_as_json(folder):
+    layers = [nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)]
+    torch.save(nn.Sequential(*layers).eval(), "model.pt")
+    data = json.loads(fold("--merge-linear", "--dry-run", "--json", "-q").stdout)
+    assert [row["layers"] for row in data["merging"]["merges"]] == [["0", "2"]]
+    assert data["files"]["output"] is None if "files" in data else data["output"] is None
     assert not (folder / "model.folded.pt").exists()
 
 

@@ -141,7 +141,7 @@ def test_where_nothing_is_replaced_nothing_is_written(folder):
     ("arguments", "said"),
     [
         (["--with", "gruopnorm"], "Did you mean groupnorm"),
-        (["--with", "groupnorm", "--groups", "0"], "0 is not in the range"),
+        (["--with", "groupnorm", "--groups", "0"], "neither a whole number from 1 nor"),
         (["--with", "groupnorm", "--groups", "some"], "some"),
         (["--with", "groupnorm", "--groups", "auto"], "--groups auto needs data: give --fit"),
         (["--with", "groupnorm", "--channels-per-group", "0"], "not in the range"),

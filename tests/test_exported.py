@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import subprocess
@@ -530,3 +531,44 @@ def tampered(source: Path, folder: Path, change: Any) -> Path:
                 data = json.dumps(content).encode()
             new.writestr(info.filename, data)
     return target
+
+
+class Pair(nn.Module):
+    """Two inputs, and a norm that averages over all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4, momentum=None)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.norm(self.conv(left)) + self.other(right)
+
+
+def test_the_names_of_inputs_reach_whoever_asks_for_them(tmp_path):
+    """Torch's exporters, and `verify` beside an ONNX model, whose inputs go by name."""
+    onnx = pytest.importorskip("onnx")
+    inputs = (image(), image().flip(0))
+    bntools.save(made(Pair), tmp_path / "m.pt2", example_inputs=inputs)
+    program = bntools.load(tmp_path / "m.pt2")
+    assert list(inspect.signature(program.forward).parameters) == ["left", "right"]
+    bntools.export_onnx(program, inputs, tmp_path / "m.onnx", provider="cpu")
+    assert [i.name for i in onnx.load(tmp_path / "m.onnx").graph.input] == ["left", "right"]
+    assert bntools.verify(program, tmp_path / "m.onnx")
+    assert bntools.verify(tmp_path / "m.onnx", program)
+    result = bntools.ship(program, tmp_path / "shipped")
+    assert result.report
+    named = {"right": inputs[1], "left": inputs[0]}
+    assert torch.equal(program(**named), program(*inputs))
+
+
+def test_the_average_of_all_batches_is_told_from_a_momentum_of_zero(tmp_path):
+    """Torch passes 0 for None in eval mode, which would pass for statistics that never move."""
+    bntools.save(made(Pair), tmp_path / "m.pt2", example_inputs=(image(), image()))
+    program = bntools.load(tmp_path / "m.pt2")
+    assert program.norm.momentum is None
+    assert [f.code for f in bntools.inspect(program).findings] == ["biased-conv"]
+    bntools.save(made(Pair), tmp_path / "m.onnx", example_inputs=(image(), image()))
+    found = bntools.inspect_onnx(tmp_path / "m.onnx")
+    assert [f.code for f in found.findings] == ["biased-conv"]
+    assert [layer.momentum for layer in found.layers] == [None]

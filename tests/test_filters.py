@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bntools.affine import Affine
 from bntools.dataflow.reach import Refused
-from bntools.merging.filters import Filter, added, average, identity, padded, scaling, then
+from bntools.merging.filters import Filter, added, average, bordered, identity, scaling, then
 from bntools.report import Reason
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -227,7 +227,8 @@ def test_an_explicit_padding_before_a_convolution_is_its_padding():
     weight = torch.randn(6, 4, 3, 2, dtype=torch.float64)
     bias = torch.randn(6, dtype=torch.float64)
     none, one = (0, 0), (1, 1)
-    whole = then(padded(4, (1, 2), (0, 1)), Filter(weight, bias, 1, (2, 1), one, none, none))
+    border = bordered(identity(4, 2), (1, 2), (0, 1), torch.zeros(4, dtype=torch.float64))
+    whole = then(border, Filter(weight, bias, 1, (2, 1), one, none, none))
     truth = F.conv2d(F.pad(x, (2, 1, 1, 0)), weight, bias, (2, 1))
     assert is_same(evaluated(whole, x), truth)
     even = whole.balanced()
@@ -240,9 +241,39 @@ WIDE = {**GIVEN, "dilation": (2, 2), "before": (2, 2), "after": (2, 2)}
 REFUSED = {
     "strides": (GIVEN, {**GIVEN, "stride": (2, 2)}),
     "sizes of output": (GIVEN, {**GIVEN, "after": (0, 0)}),
+}
+FITS = {
     "dilations": (GIVEN, WIDE),
     "places": (WIDE, {**WIDE, "before": (1, 2), "after": (3, 2)}),
+    "dilations of no common divisor": (
+        WIDE,
+        {**GIVEN, "kernel": (2, 3), "dilation": (3, 1), "before": (1, 0), "after": (2, 2)},
+    ),
+    "one tap between others": (
+        WIDE,
+        {**GIVEN, "kernel": (1, 1), "before": (1, -1), "after": (-1, 1)},
+    ),
 }
+
+
+@pytest.mark.parametrize("what", FITS)
+def test_branches_that_look_at_other_places_get_zeros_between_their_taps(what):
+    """Whatever has the same size of output is one kernel."""
+    torch.manual_seed(0)
+    x, sums = maps(2, 4), []
+    filters = []
+    for given_ in FITS[what]:
+        shape = {name: size for name, size in given_.items() if name != "kernel"}
+        weight = torch.randn(4, 4, *given_["kernel"], dtype=torch.float64)
+        filters.append(Filter(weight, torch.randn(4), 1, **shape))
+        pairs = zip(given_["before"][::-1], given_["after"][::-1], strict=True)
+        ends = [end for pair in pairs for end in pair]
+        padded = F.pad(x, ends)
+        bias = filters[-1].bias
+        sums.append(F.conv2d(padded, weight, bias, given_["stride"], 0, given_["dilation"]))
+    whole = added([(1.0, filters[0]), (-2.0, filters[1])])
+    assert is_same(evaluated(whole, x), sums[0] - 2 * sums[1])
+    assert is_same(evaluated(whole.balanced(), x), sums[0] - 2 * sums[1])
 
 
 @pytest.mark.parametrize("what", REFUSED)

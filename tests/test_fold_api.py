@@ -401,7 +401,7 @@ def hosted() -> tuple[nn.Module, Tensor]:
 
 def test_host_that_is_not_registered_is_kept():
     model, x = hosted()
-    assert reasons(bntools.plan_fold(model, x))["1"] is Reason.NOT_AFTER_LINEAR
+    assert reasons(bntools.plan_fold(model, x))["1"] is Reason.BIAS_NOT_USED
 
 
 def test_registered_host_absorbs_a_norm():

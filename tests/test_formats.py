@@ -106,6 +106,39 @@ def test_check_takes_leaves_the_rest_to_load(tmp_path):
         bntools.check_takes(tmp_path / "m.onnx", "freeze")
 
 
+def test_the_content_counts_and_not_the_name(tmp_path):
+    """A torch.save file that is called .onnx, and an ONNX model that is not."""
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), tmp_path / "m.onnx")
+    onnx_file(tmp_path / "n.pt")
+    (tmp_path / "unknown.onnx").write_bytes(bytes(range(1, 200)))
+    found = [bntools.is_onnx(tmp_path / name) for name in ("m.onnx", "n.pt", "unknown.onnx")]
+    assert found == [False, True, True]
+    shape = ["--input-shape", "2x3x8x8"]
+    for verb in ("fold", "inspect"):
+        done = CliRunner().invoke(program, [verb, str(tmp_path / "m.onnx"), *shape])
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "m.folded.pt").is_file()
+    pair = [str(tmp_path / "m.onnx"), str(tmp_path / "m.folded.pt")]
+    assert CliRunner().invoke(program, ["verify", *pair, *shape]).exit_code == 0
+
+
+def test_diff_says_which_verbs_take_a_format(tmp_path):
+    """Before the file is read, for each of the two."""
+    torch.save(nn.Sequential(nn.BatchNorm2d(4)), tmp_path / "m.pt")
+    onnx_file(tmp_path / "m.onnx")
+    for pair in (("m.pt", "m.onnx"), ("m.onnx", "m.pt")):
+        done = CliRunner().invoke(program, ["diff", *(str(tmp_path / name) for name in pair)])
+        assert done.exit_code == 3
+        assert f"Cannot diff {tmp_path / 'm.onnx'}: it is an ONNX model; only" in done.stderr
+
+
+def test_a_program_keeps_no_originals_to_unfold(tmp_path):
+    bntools.save(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), tmp_path / "m.pt2")
+    done = CliRunner().invoke(program, ["unfold", str(tmp_path / "m.pt2")])
+    assert done.exit_code == 3
+    assert "fold again with --keep-originals, into a .pt or .safetensors file" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["m.pt2", "m.onnx"])
 def test_a_program_is_no_state_dict(name, tmp_path):
     for action in (

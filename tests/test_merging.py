@@ -9,6 +9,8 @@ import pytest
 import torch
 from branch_models import (
     ACBlock,
+    CroppedACBlock,
+    DilatedBranches,
     DiverseBranch,
     NormAfterSum,
     PaddedDiverseBranch,
@@ -68,10 +70,13 @@ BLOCKS = {
     "ACNet": lambda: ACBlock(6, 8),
     "ACNet with stride": lambda: ACBlock(6, 8, 2),
     "ACNet with dilation": lambda: ACBlock(6, 6, 1, 2),
+    "ACNet cropped": lambda: CroppedACBlock(6, 8),
+    "ACNet cropped and padded": lambda: CroppedACBlock(6, 8, 5, 1),
     "diverse branches": lambda: DiverseBranch(6, 8),
     "diverse branches with stride": lambda: DiverseBranch(6, 8, 2),
     "diverse branches with padding": lambda: PaddedDiverseBranch(6),
     "RepMixer": lambda: RepMixer(6),
+    "dilated branches": lambda: DilatedBranches(6),
     "norm after the sum": lambda: NormAfterSum(6),
 }
 
@@ -297,10 +302,25 @@ def conv(kernel, **options) -> nn.Conv2d:
 REFUSED = {
     "branches of different inputs": (lambda s, x: s.a(x) + s.b(F.relu(x)), branches, None),
     "an activation in a branch": (lambda s, x: F.relu(s.a(x)) + s.b(x), branches, None),
+    "a slice of other sizes": (
+        lambda s, x: s.a(x[:, :, 1:8, 1:-1]) + s.b(x[:, :, 1:-1, 1:-1]),
+        branches,
+        Reason.NOT_REWRITABLE,
+    ),
+    "a slice of every other place": (
+        lambda s, x: s.a(x[:, :, ::2, ::2]) + s.b(x[:, :, ::2, ::2]),
+        branches,
+        Reason.NOT_REWRITABLE,
+    ),
+    "padding of what was cut off": (
+        lambda s, x: s.a(x[:, :, 1:-1, 1:-1]) + s.c(x),
+        lambda: {**branches(), "c": nn.Conv2d(6, 6, 3)},
+        Reason.PADDED_BETWEEN,
+    ),
     "other dilations": (
         add,
         lambda: {"a": conv(3, padding=1), "b": conv(3, padding=2, dilation=2)},
-        Reason.OTHER_GEOMETRY,
+        Reason.COSTS_MORE,
     ),
     "a shared layer": (_shared, branches, Reason.HOST_SHARED),
     "a branch that is returned": (_returned, branches, Reason.RETURNED),

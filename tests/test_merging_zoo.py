@@ -21,21 +21,24 @@ from bntools.recipe import Recipe, apply_edits
 
 timm = pytest.importorskip("timm")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.modules.batchnorm._BatchNorm,)
 NETS = {
-    "repvgg_a0": 64, "repvgg_b1g4": 64,
-    "mobileone_s0": 64, "mobileone_s1": 64, "mobileone_s4": 64,
-    "fastvit_t8": 64, "fastvit_sa12": 64,
-    "repvit_m0_9": 64, "repghostnet_050": 64,
+    "repvgg_a0": 64, "repvgg_b0": 64, "repvgg_b1g4": 64,
+    "mobileone_s0": 64, "mobileone_s1": 64, "mobileone_s2": 64, "mobileone_s4": 64,
+    "fastvit_t8": 64, "fastvit_s12": 64, "fastvit_sa12": 64,
+    "repvit_m0_9": 64, "repvit_m1": 64,
+    "repghostnet_050": 64, "repghostnet_100": 64,
+    "efficientvit_m0": 224, "levit_128s": 224, "levit_conv_128s": 224, "tiny_vit_5m_224": 224,
 }  # fmt: skip
 
 
-def called(model: nn.Module, x: torch.Tensor) -> int:
-    """How many convolutions one forward calls."""
+def called(model: nn.Module, x: torch.Tensor, kinds: tuple[type, ...] = CONVOLUTIONS) -> int:
+    """How many convolutions, or layers of other kinds, one forward calls."""
     count = []
     handles = [
         module.register_forward_hook(lambda *_: count.append(1))
         for module in model.modules()
-        if isinstance(module, CONVOLUTIONS)
+        if isinstance(module, kinds)
     ]
     outputs(model, x)
     for handle in handles:
@@ -62,6 +65,8 @@ def check(name: str) -> str:
     theirs, wide = own_way(model), x.double()
     mine = called(result.model, x), called(theirs, wide)
     assert mine[0] <= mine[1]
+    assert called(result.model, x, (nn.Linear,)) <= called(theirs, wide, (nn.Linear,))
+    assert called(result.model, x, NORMS) <= called(theirs, wide, NORMS)
     assert result.report.check
     # both are compared with the original in float64: ours by the check, on inputs of its own
     error = difference(outputs(theirs, wide), outputs(copy.deepcopy(model).double(), wide))

@@ -74,6 +74,7 @@ def brute(forward: Callable[..., Any]) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Net(forward, a=nn.Linear(3, 2), b=nn.Linear(2, 2), bn=nn.BatchNorm1d(2))
+        model.c, model.p = nn.Linear(3, 2), nn.ParameterList([torch.ones(2)])
     model = model.double().eval()
     randomise(model)
     random = torch.Generator().manual_seed(1)
@@ -81,7 +82,18 @@ def brute(forward: Callable[..., Any]) -> str:
     return is_needless(model, "bn", rows[0], rows[1:])
 
 
-def test_brute_force_explains_away_a_norm_that_folds_and_no_other():
-    assert brute(lambda m, x: m.b(m.bn(m.a(x)).tanh())) == "needless"
-    assert brute(lambda m, x: m.bn(m.a(x).relu() + m.b(m.a(x)).tanh())) == "needed"
-    assert brute(lambda m, x: m.bn(m.a(x)).mul(0) + m.b(m.a(x))) == "idle"
+@pytest.mark.parametrize(
+    ("forward", "told"),
+    [
+        (lambda m, x: m.bn(m.a(x)).tanh(), "back"),
+        (lambda m, x: m.b(m.bn(m.a(x).tanh())).tanh(), "forward"),
+        (lambda m, x: m.b(m.bn(m.a(x)).tanh()), "back"),
+        (lambda m, x: m.bn(m.a(x).relu()) - m.p[0], "both ways"),
+        (lambda m, x: m.bn(y := m.a(x)).tanh() + m.b(y).tanh(), "undone"),
+        (lambda m, x: (m.bn(m.a(x) + (y := m.c(x))).tanh(), y), "weights"),
+        (lambda m, x: m.bn(m.a(x).relu() + m.b(m.a(x)).tanh()), "needed"),
+        (lambda m, x: m.bn(m.a(x)).mul(0) + m.b(m.a(x)), "idle"),
+    ],
+)
+def test_brute_force_tells_what_a_norm_can_do_without(forward, told):
+    assert brute(forward) == told

@@ -301,6 +301,65 @@ def test_a_forward_that_torch_fx_sees_otherwise_is_left_alone():
     assert "other numbers" in row.detail
 
 
+class WritesItsInput(nn.Module):
+    """What the caller keeps changes with it; torch.fx traces `x += y` as `x + y`."""
+
+    def __init__(self, through=lambda x: x):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.through = through
+
+    def forward(self, x):
+        y = F.relu(self.bn(x))
+        view = self.through(x)
+        view += 1
+        return y
+
+
+class KeepsItsInput(nn.Module):
+    """Reads what the block has written to, where a difference of one is far below any tolerance."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        u = torch.sigmoid(x)
+        return self.block(u), (u > 1e6) * 1.0
+
+
+@pytest.mark.parametrize("through", [lambda x: x, lambda x: x[:, 1:], lambda x: x.view(-1)])
+def test_a_forward_that_writes_to_an_alias_of_its_input_is_left_alone(through):
+    """Its own result is the same as traced, and so is the model's, on these inputs."""
+    block = WritesItsInput(through)
+    retraced = copy.deepcopy(block).eval()
+    retrace(retraced)
+    mine, theirs = X.clone(), X.clone()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(block).eval()(mine), retraced(theirs))
+    assert not torch.equal(mine, theirs)
+    row = replaced(ready(KeepsItsInput(block))).report.layers[0]
+    assert row.reason is Reason.ACTIVATION_STAYS
+    assert "writes in place" in row.detail
+
+
+def test_a_forward_that_writes_to_memory_of_its_own_may_change():
+    """`out += x` of a residual block: nobody sees `out` before it is whole."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            out = F.relu(self.bn(x)) * 2
+            out += x
+            return out
+
+    row = replaced(ready(KeepsItsInput(Residual()))).report.layers[0]
+    assert row.action is Action.REPLACE
+
+
 class Optional(nn.Module):
     """An argument that may be None, as in timm's residual blocks."""
 

@@ -95,7 +95,7 @@ def test_the_study_takes_every_step(made_up, tmp_path):
     """`fashion_lenet.py` writes its figures, numbers and the ONNX file."""
     run("fashion_lenet.py", made_up, "--quick", "--out", "out", folder=tmp_path)
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["calibration.png", "lenet.onnx", "results.json", "training.png"]
+    assert left == ["calibration.png", "lenet.onnx", "results.json", "training.png", "without.onnx"]
     results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert results["freeze"]["frozen: statistics changed of 8"] == 0
     assert results["freeze"]["plain: statistics changed of 8"] == 8

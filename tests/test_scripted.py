@@ -229,8 +229,6 @@ with torch.no_grad():
                 "torchvision:shufflenet_v2_x0_5",
                 "torchvision:densenet121",
                 "torchvision:mnasnet0_5",
-                "timm:efficientnet_lite0",
-                "timm:regnetx_002",
                 "timm:ghostnet_050",
             )
         ),
@@ -249,6 +247,52 @@ def test_folds_go_to_a_fresh_process_bit_for_bit(name, tmp_path):
         torch.save((inputs, result.model(inputs)), tmp_path / "wanted.pt")
     command = [sys.executable, "-c", _FRESH, str(tmp_path / "f.ts"), str(tmp_path / "wanted.pt")]
     subprocess.run(command, check=True, timeout=300)
+
+
+class Renamed(nn.BatchNorm2d):
+    """A batch norm by another name, as timm's BatchNormAct2d is: torch's pass goes by names."""
+
+
+def _renamed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Renamed(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("", {"1": "Renamed"}),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in ("timm:efficientnet_lite0", "timm:regnetx_002")
+        ),
+    ],
+)
+def test_norms_of_other_classes_are_listed_and_stay(name, kept, tmp_path):
+    """They are told by their statistics, and the way on is said; what can be folded is."""
+    model = bntools.load(name) if name else _renamed()
+    inputs = image(2, 3, 64, 64) if name else image()
+    randomise(model.eval())
+    kept = kept or {p: type(m).__name__ for p, m in model.named_modules() if hasattr(m, "eps")}
+    torch.jit.save(torch.jit.trace(model, inputs), tmp_path / "m.ts")
+    compiled = bntools.load(tmp_path / "m.ts", trust=True)
+    result = bntools.fold(compiled, inputs)
+    assert {each.path: each.kind for each in result.report.kept} == kept
+    assert {each.reason for each in result.report.kept} == {Reason.SCRIPTED}
+    assert all(
+        "export that (torch.export) and fold the .pt2" in d.detail for d in result.report.kept
+    )
+    assert [each.path for each in result.report.folds] == ([] if name else ["3"])
+    inspected = {layer.path for layer in bntools.inspect(compiled, inputs).layers}
+    assert inspected == {*kept, *(each.path for each in result.report.folds)}
+
+
+def test_an_instance_norm_is_no_batch_norm(tmp_path):
+    """It has running statistics, and is not in the plan of the Python model either."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True)).eval()
+    torch.jit.save(torch.jit.script(model), tmp_path / "m.ts")
+    compiled = bntools.load(tmp_path / "m.ts", trust=True)
+    assert bntools.fold(compiled, image()).report.decisions == ()
+    assert bntools.fold(model, image()).report.decisions == ()
 
 
 def test_modules_are_written_compiled_or_traced(tmp_path):

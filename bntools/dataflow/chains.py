@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bntools.dataflow.affines import Chain, Chains, kept_only
-from bntools.dataflow.arithmetic import Numbers
+from bntools.dataflow.arithmetic import Call, Numbers
 from bntools.dataflow.graph import Frame, Kind, Node, Norm, NormLayer, Value
 from bntools.dataflow.neutral import neutral_constants
 from bntools.report import Reason
@@ -108,8 +108,8 @@ class _Finding:
         holders = {self.numbers.leaves[leaf].path for leaf in chain.leaves}
         if (holders - {path} if whole else {*holders, path}) & self.norms:
             return False
-        if not whole:  # a mere sum is left to the planner, which moves affines through it
-            scales = any(call.operation not in _SUMS for call, _ in chain.calls)
+        if not whole:  # sums and literals are left to the planner, which moves affines through them
+            scales = any(_scales(call, data) for call, data in chain.calls)
             return bool(chain.leaves) and scales
         return bool(chain.leaves) or chain.axis is not None or bool(chain.shift.any())
 
@@ -239,6 +239,13 @@ class _Finding:
         node.writes = [value for value in chain.nodes[0].writes if value is chain.data]
         chain.out.producer = node
         return node
+
+
+def _scales(call: Call, data: Value) -> bool:
+    """Whether an operation on data does more than to add, and to multiply by a literal."""
+    if call.operation in ("mul", "div"):
+        return any(value is not data for value in call.values())
+    return call.operation not in _SUMS | {"neg"}
 
 
 def _name(path: str, chain: Chain, names: dict[str, int]) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from bntools.absorb import InputLayout, OutputLayout
 from bntools.affine import Affine
 from bntools.report import Reason
+
+if TYPE_CHECKING:
+    from bntools.dataflow.arithmetic import Numbers
 
 __all__ = [
     "ELSEWHERE",
@@ -112,12 +115,14 @@ class Linear:
 class Norm:
     """An affine per channel, applied by the norm layer `owner` along `channel_dim` of its input.
 
-    `affine` is the map, or the reason why it is not known.
+    `affine` is the map, or the reason why it is not known. `linear` is the layer as a host, with a
+    weight and a bias for each channel, by which it scales and shifts in the end; None without them.
     """
 
     owner: str
     affine: Affine | Reason
     channel_dim: int = 1
+    linear: Linear | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +183,8 @@ class Node:
 
     @property
     def linear(self) -> Linear:
-        """The detail of a LINEAR node."""
-        return cast("Linear", self.detail)
+        """The detail of a LINEAR node, or what a norm that stays is as one."""
+        return cast("Linear", self.norm.linear if self.kind is Kind.AFFINE else self.detail)
 
     @property
     def norm(self) -> Norm:
@@ -245,7 +250,8 @@ class Graph:
     the other names of the same tensor; `absent` are names that a layer could hold, but does not
     (the bias of a conv without one); `sealed` are the paths of layers that cannot be edited.
     `calls` has, where asked for, what each module call gave, in the order in which they ended;
-    `lent` are biases that layers had during the recording only.
+    `lent` are biases that layers had during the recording only. `numbers` computes the constants of
+    the forward again, for other numbers of what the model holds.
     """
 
     nodes: list[Node]
@@ -259,6 +265,7 @@ class Graph:
     sealed: frozenset[str] = frozenset()
     calls: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     lent: frozenset[str] = frozenset()
+    numbers: Numbers | None = None
 
     def link(self) -> Graph:
         """Connect producers and consumers once all nodes are there."""
@@ -289,7 +296,7 @@ def _is_idle(node: Node) -> bool:
     """
     if node.writes or not node.outputs:
         return False
-    understood = node.kind in (Kind.MOVE, Kind.PASS, Kind.SUM) or node.name in _VIEWS
+    understood = node.kind not in (Kind.OPAQUE, Kind.OUTPUT) or node.name in _VIEWS
     if node.name == WRITTEN_ALIAS:
         writer = node.inputs[1].producer
         understood = writer is not None and writer.kind in (Kind.PASS, Kind.SUM)

@@ -27,6 +27,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_
 _BATCH_NORM_NAMES = {
     "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "FrozenBatchNorm2d",
 }  # fmt: skip
+_STATISTICS = {"running_mean", "running_var"}
 
 
 class Ownership:
@@ -76,7 +77,16 @@ def is_norm_layer(module: nn.Module) -> bool:
     """Whether a module counts as a norm layer: batch norms, registered and recognised classes."""
     if isinstance(module, BatchNorm) or norm_rule(module) is not None:
         return True
-    return _scripted_name(module) in _BATCH_NORM_NAMES
+    return _is_scripted_norm(module)
+
+
+def _is_scripted_norm(module: nn.Module) -> bool:
+    """Whether TorchScript was a batch norm: by its name, or by what it holds (timm's, a user's)."""
+    name = _scripted_name(module)
+    if not name or name.startswith("InstanceNorm"):
+        return False
+    held = dict(module.named_buffers(recurse=False))
+    return name in _BATCH_NORM_NAMES or held.keys() >= _STATISTICS
 
 
 def may_have_chains(model: nn.Module) -> bool:

@@ -99,25 +99,32 @@ class Notes:
         """Note a call of a module that did arithmetic."""
         self._own.setdefault(frame.path, []).append(frame)
 
+    def numbers(
+        self,
+        nodes: list[Node],
+        parameters: Mapping[str, Value],
+        dropped: Mapping[Value, Value],
+    ) -> Numbers:
+        """What computes the constants again.
+
+        `dropped` are values within layers that have become one node; arithmetic with them is none.
+        """
+        if dropped:
+            calls = self._calls.items()
+            self._calls = {n: c for n, c in calls if dropped.keys().isdisjoint(c.values())}
+        leaves = {value: self._held(name) for name, value in parameters.items()}
+        return Numbers(nodes, self._calls, {**leaves, **self._leaves}, self._snapshots)
+
     def read(
         self,
         nodes: list[Node],
         frames: dict[str, list[Frame]],
         layers: tuple[NormLayer, ...],
-        parameters: Mapping[str, Value],
-        dropped: Mapping[Value, Value],
+        numbers: Numbers,
     ) -> tuple[list[Node], dict[str, list[Frame]], tuple[NormLayer, ...]]:
-        """Nodes, calls and layers with the chains that there are.
-
-        `dropped` are values within layers that have become one node; arithmetic with them is none.
-        """
+        """Nodes, calls and layers with the chains that there are."""
         if not any(map(self._may_be_chained, self._calls.values())):
             return nodes, frames, layers
-        if dropped:
-            calls = self._calls.items()
-            self._calls = {n: c for n, c in calls if dropped.keys().isdisjoint(c.values())}
-        leaves = {value: self._held(name) for name, value in parameters.items()}
-        numbers = Numbers(nodes, self._calls, {**leaves, **self._leaves}, self._snapshots)
         sealed = frozenset(self._owners.sealed)
         recorded = Recorded(
             nodes, frames, self._own, self._called, layers, sealed, self._kind, self._is_standard

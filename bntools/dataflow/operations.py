@@ -25,6 +25,7 @@ __all__ = [
     "operation",
     "passing",
     "tensors_of",
+    "unstacked",
 ]
 
 _WHOLE = {
@@ -152,6 +153,23 @@ def passing(
         return (Kind.PASS, through) if through is not None and fits else None
     total = sum_call(name, args, kwargs, inputs)
     return (Kind.SUM, total) if total is not None else None
+
+
+def unstacked(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], inputs: Sequence[Value]
+) -> tuple[list[Value], Sum] | None:
+    """The sum or mean over a stack of tensors as the sum that it is, of these; None for others."""
+    stack = inputs[0].producer if inputs else None
+    if name not in ("sum", "mean") or stack is None or stack.name != "stack":
+        return None
+    given = args[1] if len(args) > 1 else kwargs.get("dim")
+    over = list(given) if isinstance(given, (list, tuple)) else [given]
+    whole = len(args) == 2 and not kwargs and stack.kind is Kind.MOVE
+    rank, axis = len(inputs[0].shape), stack.literals[0] if stack.literals else 0
+    if not whole or len(over) != 1 or over[0] is None or over[0] % rank != axis % rank:
+        return None
+    terms = list(stack.inputs)
+    return terms, Sum((1.0 if name == "sum" else 1 / len(terms),) * len(terms))
 
 
 def linear_call(

@@ -94,8 +94,11 @@ def sources(value: Value, folded: Set[Node]) -> list[Node]:
     return list(origins(value, folded).hosts)
 
 
-def origins(value: Value, folded: Set[Node]) -> Origins:
-    """Where a value comes from, through all that an affine may pass, or `Refused`."""
+def origins(value: Value, folded: Set[Node], standing: Set[Node] = frozenset()) -> Origins:
+    """Where a value comes from, through all that an affine may pass, or `Refused`.
+
+    The calls of norms that stay count as linear ones where they are among `standing`.
+    """
     hosts: dict[Node, None] = {}
     constants: dict[Value, None] = {}
     nodes: dict[Node, None] = {}
@@ -107,7 +110,7 @@ def origins(value: Value, folded: Set[Node]) -> Origins:
             continue
         seen.add(item)
         node = item.producer
-        if node is not None and node.kind is Kind.LINEAR:
+        if node is not None and (node.kind is Kind.LINEAR or node in standing):
             hosts[node] = None
         elif node is not None and crosses(node, folded, None):
             nodes[node] = None
@@ -175,6 +178,13 @@ def is_idle(value: Value) -> bool:
     return all(node.idle for node in value.consumers)
 
 
+def _absorbs(node: Node) -> bool:
+    """Whether a call has a weight that can absorb an affine: a linear one, or one of a norm."""
+    if node.kind is Kind.AFFINE:
+        return node.norm.linear is not None
+    return node.kind is Kind.LINEAR
+
+
 def _is_only_the_weight(node: Node, value: Value) -> bool:
     return _weight_as_seen(node) is value and node.inputs.count(value) == 1
 
@@ -214,7 +224,7 @@ def weight_uses(graph: Graph, name: str) -> list[Node]:
     while stack:
         value = stack.pop()
         for node in value.consumers:
-            if node.kind is Kind.LINEAR and _is_only_the_weight(node, value):
+            if _absorbs(node) and _is_only_the_weight(node, value):
                 calls.append(node)
             elif node.kind is Kind.MOVE and node.name in _WEIGHT_MOVES:
                 stack.extend(node.outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from bntools.dataflow.operations import (
     operation,
     passing,
     tensors_of,
+    unstacked,
 )
 from bntools.dataflow.versions import Versions
 from bntools.registry import NormRule, host_rule, norm_rule
@@ -44,7 +46,10 @@ __all__ = ["Tape", "tensors_in"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers and plain objects, in order, as often as it is there."""
+    """Every tensor in nested containers and plain objects, in order, as often as it is there.
+
+    Also in what a generator, an iterator or a closure still holds. Modules are not entered.
+    """
     seen: set[int] = set()
     stack = [value]
     while stack:
@@ -52,15 +57,36 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         if isinstance(item, Tensor):
             yield item
             continue
-        if id(item) in seen or isinstance(item, (str, bytes, int, float, type(None), nn.Module)):
+        if id(item) in seen or isinstance(item, _CLOSED):
             continue
         seen.add(id(item))
         if isinstance(item, dict):
-            stack.extend(reversed(item.values()))
+            stack.extend(reversed((*item.values(), *_held_keys(item))))
         elif isinstance(item, (list, tuple, set, frozenset)):
             stack.extend(reversed(list(item)))
-        elif hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item):
-            stack.extend(reversed(vars(item).values()))
+        elif isinstance(item, types.FunctionType):
+            stack.extend((*(item.__closure__ or ()), item.__defaults__))
+        elif type(item).__module__ in _BUILT_IN:
+            stack.extend(reversed(gc.get_referents(item)))
+        else:
+            stack.extend(reversed([*_slots(item), *getattr(item, "__dict__", {}).values()]))
+
+
+_CLOSED = (str, bytes, int, float, type(None), nn.Module, type, types.ModuleType, types.CodeType)
+_BUILT_IN = {"builtins", "collections", "functools", "itertools", "types"}
+
+
+def _held_keys(item: dict[Any, Any]) -> Iterator[Any]:
+    return (key for key in item if isinstance(key, (Tensor, tuple)))
+
+
+def _slots(item: Any) -> Iterator[Any]:
+    """What an object keeps in the slots of its classes."""
+    for cls in type(item).__mro__:
+        names = cls.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if not name.startswith("__") and hasattr(item, name):
+                yield getattr(item, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +130,13 @@ class Tape:
         for node in self._nodes:
             node.inputs = [self._dropped.get(value, value) for value in node.inputs]
         owners, parameters = self.owners, self._versions.parameters
-        nodes, frames, layers = self._notes.read(
-            self._nodes, self._frames, self.layers, parameters, self._dropped
-        )
+        numbers = self._notes.numbers(self._nodes, parameters, self._dropped)
+        nodes, frames, layers = self._notes.read(self._nodes, self._frames, self.layers, numbers)
         calls = tuple((path, tuple(values)) for path, values in self._calls or ())
         return Graph(
             nodes, frames, layers, parameters, owners.tensors,
             owners.owners, owners.tied, frozenset(owners.absent), frozenset(owners.sealed),
-            calls,
+            calls, numbers=numbers,
         ).link()  # fmt: skip
 
     # values
@@ -119,13 +144,13 @@ class Tape:
     def source(self, tensor: Tensor) -> None:
         """Make a tensor known as an input of the model."""
         if self._versions.get(tensor) is None:
-            self._versions.bind(tensor, Value(tuple(tensor.shape)))
+            self._versions.bind(tensor, Value(_shape(tensor)))
 
     def value(self, tensor: Tensor) -> Value:
         """The current version of a tensor; one never seen is opaque, and uses what it aliases."""
         value = self._versions.get(tensor)
         if value is None:
-            value = Value(tuple(tensor.shape))
+            value = Value(_shape(tensor))
             relatives = [self.value(alias) for alias in self._versions.aliases(tensor)]
             if relatives:
                 self._add(Kind.OPAQUE, "an unrecorded alias", relatives, value)
@@ -140,7 +165,7 @@ class Tape:
 
     def overwrite(self, tensor: Tensor, data: Tensor) -> None:
         """Note that a tensor was given other memory (`.data = ...`)."""
-        old, new = self.value(tensor), Value(tuple(tensor.shape))
+        old, new = self.value(tensor), Value(_shape(tensor))
         self._add(Kind.OPAQUE, "a replaced .data", [old, self.value(data)], new)
         self._versions.bind(tensor, new)
         self._versions.moved(tensor)
@@ -158,7 +183,7 @@ class Tape:
         node.writes = [self.value(tensor) for tensor in written]
         constant = not known.random and all(value.constant for value in inputs)
         for tensor in (*written, *(t for t in _results(out) if not _among(t, written))):
-            value = Value(tuple(tensor.shape), constant=constant, producer=node)
+            value = Value(_shape(tensor), constant=constant, producer=node)
             node.outputs.append(value)
             self._versions.bind(tensor, value)
         self._nodes.append(node)
@@ -200,6 +225,9 @@ class Tape:
             if all(value.constant for value in inputs[data:]):
                 detail = move(func, known.name, args, kwargs)
                 return self._node(Kind.MOVE, known.name, inputs[:data], detail)
+        terms = unstacked(known.name, args, kwargs, inputs)
+        if terms is not None:
+            return self._node(Kind.SUM, known.name, *terms)
         through = passing(known, args, kwargs, inputs)
         if through is not None:
             return self._node(through[0], known.name, inputs, through[1])
@@ -218,10 +246,13 @@ class Tape:
         affine = Affine.of_batch_norm(
             call.mean, call.variance, call.weight, call.bias, eps=call.eps
         )
-        return Norm(owner, affine)
+        if call.weight is None or call.bias is None:
+            return Norm(owner, affine)
+        weight, bias = self.value(call.weight), self.value(call.bias)
+        return Norm(owner, affine, linear=Linear(weight, bias, OutputLayout(), 1, entry=Entry()))
 
     def _rewritten(self, alias: Tensor, by: Value) -> None:
-        value = Value(tuple(alias.shape))
+        value = Value(_shape(alias))
         self._add(Kind.OPAQUE, WRITTEN_ALIAS, [self.value(alias), by], value)
         self._versions.bind(alias, value)
 
@@ -333,6 +364,10 @@ class Tape:
 
 def _only_tensors(args: Any, kwargs: Any) -> bool:
     return all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if tensor.is_nested else tuple(tensor.shape)  # a nested one has no sizes
 
 
 def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:

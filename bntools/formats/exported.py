@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bntools.archives import check_stored
-from bntools.formats.interface import Loaded, Request, Saved, own_version
+from bntools.formats.interface import Loaded, Request, Saved
+from bntools.formats.notes import NOTE, note, note_in, recipe_of_note
 from bntools.formats.probe import Probe, explained, probe_file
 from bntools.formats.soundness import check_sound
 from bntools.formats.unpickling import unpickled
@@ -36,9 +37,8 @@ from bntools.runtimes.capturing import capture
 from bntools.trust import AllowList, Refusal
 from bntools.writing import write_atomically
 
-__all__ = ["RECIPE_FILE", "from_exported", "read_exported", "write_exported"]
+__all__ = ["from_exported", "read_exported", "write_exported"]
 
-RECIPE_FILE = "bntools.json"
 _LARGEST_JSON = 512 * 2**20
 _OLD = "serialized_exported_program.json"
 _STRIDED = 7
@@ -111,10 +111,7 @@ def read_exported(probe: Probe, request: Request) -> Loaded:
     """The program in an archive as an `nn.Module`, its layers as submodules."""
     with zipfile.ZipFile(probe.path) as file:
         archive = _Archive(probe, file, _members(probe, file), request)
-        if _OLD in archive.names:
-            source, texts = _old_source(archive)
-        else:
-            source, texts = _source(archive)
+        source = _old_source(archive) if _OLD in archive.names else _source(archive)
     if request.trust:
         _trust(source.plan["graph"])
     program = lifted(source)
@@ -122,7 +119,7 @@ def read_exported(probe: Probe, request: Request) -> Loaded:
     program.check()
     notes = [] if request.arch is None else [f"--arch {request.arch} is not used: it is a program"]
     notes += _notes(source, program)
-    recipe = _recipe(texts)
+    recipe = recipe_of_note(note_in(probe))
     if recipe is not None:
         mark(program, Recipe.from_dict(recipe))
     return Loaded(program, tuple(notes), recipe)
@@ -130,8 +127,8 @@ def read_exported(probe: Probe, request: Request) -> Loaded:
 
 def write_exported(saved: Saved, path: Path, force: bool) -> tuple[str, ...]:  # noqa: FBT001 - as all writers
     """Export a model and write the program; what the user should know about it."""
-    own = json.dumps({"bntools_version": own_version(), "bntools_recipe": saved.recipe})
-    captured = capture(saved.model, saved.example_inputs, str(path), {RECIPE_FILE: own})
+    texts = {NOTE: note(saved.recipe)}
+    captured = capture(saved.model, saved.example_inputs, str(path), texts)
     write_atomically(path, lambda stream: stream.write(captured.data), force=force)
     return captured.notes
 
@@ -147,7 +144,7 @@ def _members(probe: Probe, file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return {info.filename if old else info.filename.partition("/")[2]: info for info in infos}
 
 
-def _source(archive: _Archive) -> tuple[Source, dict[str, bytes]]:
+def _source(archive: _Archive) -> Source:
     """The archive that torch.export.save writes since torch 2.8."""
     models = [n for n in archive.names if n.startswith("models/") and n.endswith(".json")]
     name = _model_name(archive, models)
@@ -161,9 +158,7 @@ def _source(archive: _Archive) -> tuple[Source, dict[str, bytes]]:
         else:
             config = archive.json(f"data/{folder}/{name}_{kind}_config.json")
             tensors.update(_raw_tensors(archive, f"data/{folder}", config["config"]))
-    own = f"extra/{RECIPE_FILE}"
-    texts = {RECIPE_FILE: bytes(archive.raw(own))} if own in archive.names else {}
-    return read_program(archive.json(f"models/{name}.json"), tensors), texts
+    return read_program(archive.json(f"models/{name}.json"), tensors)
 
 
 def _model_name(archive: _Archive, models: Sequence[str]) -> str:
@@ -182,16 +177,14 @@ def _model_name(archive: _Archive, models: Sequence[str]) -> str:
     raise Refusal(f"it holds {what}. Save the exported program: torch.export.save(program, path)")
 
 
-def _old_source(archive: _Archive) -> tuple[Source, dict[str, bytes]]:
+def _old_source(archive: _Archive) -> Source:
     """The archive that torch.export.save wrote up to torch 2.7."""
     tensors: dict[str, Tensor] = {}
     for part in ("serialized_state_dict", "serialized_constants"):
         for ending in (".pt", ".json"):
             if archive.names.get(part + ending) and archive.names[part + ending].file_size:
                 tensors.update(_checked_tensors(archive.pickled(part + ending)))
-    own = f"extra_files/{RECIPE_FILE}"
-    texts = {RECIPE_FILE: bytes(archive.raw(own))} if own in archive.names else {}
-    return read_program(archive.json(_OLD), tensors), texts
+    return read_program(archive.json(_OLD), tensors)
 
 
 def _checked_tensors(content: Any) -> dict[str, Tensor]:
@@ -267,11 +260,3 @@ def _notes(source: Source, program: Program) -> Iterator[str]:
     unread = len(source.plan["guards"]) - len(program.prepared.guards)
     if unread:
         yield f"{unread} conditions on the inputs are not understood and not checked"
-
-
-def _recipe(texts: Mapping[str, bytes]) -> dict[str, Any] | None:
-    if RECIPE_FILE not in texts:
-        return None
-    found = json.loads(texts[RECIPE_FILE])
-    recipe = found.get("bntools_recipe") if isinstance(found, dict) else None
-    return recipe if isinstance(recipe, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,9 +63,9 @@ class Probe:
 
 def probe_file(path: Path) -> Probe:
     """Look at a file; raises `LoadError` for what is no regular file, or is empty."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise LoadError(f"Cannot load {path}: it is a folder. Give a file in it.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise LoadError(f"Cannot load {path}: it is no regular file.")
     try:
         with path.open("rb") as stream:
@@ -77,12 +78,12 @@ def probe_file(path: Path) -> Probe:
 
 
 def similar(path: Path) -> str:
-    """A hint at a file with nearly this name, for the error that there is none."""
+    """The end of the error that there is no such file: a file with nearly this name, if any."""
     with suppress(OSError):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
         if near:
             return f"; did you mean {path.parent / near[0]}?"
-    return ""
+    return ". Check the path."
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import nn
 
 from bntools.archives import check_unpacked
-from bntools.formats.interface import Loaded, Request, Saved, own_version
+from bntools.formats.interface import Loaded, Request, Saved
+from bntools.formats.notes import NOTE, note, note_in, recipe_of_note
 from bntools.formats.probe import Probe
 from bntools.imports import quiet
 from bntools.recipe import Recipe, mark
@@ -19,8 +19,6 @@ from bntools.runtimes.scripting import scripted
 from bntools.writing import write_atomically
 
 __all__ = ["is_script", "read_script", "write_script"]
-
-_FILE = "bntools.json"
 
 
 def is_script(model: nn.Module) -> bool:
@@ -33,11 +31,10 @@ def read_script(probe: Probe, request: Request) -> Loaded:
     if not request.trust:
         raise probe.wants_trust("it is TorchScript, which is a program and not data")
     check_unpacked(probe.archive or ())
-    texts = {_FILE: ""}
     with quiet():
         load: Any = torch.jit.load
-        model = load(str(probe.path), map_location="cpu", _extra_files=texts)
-    recipe = _recipe(texts[_FILE])
+        model = load(str(probe.path), map_location="cpu")
+    recipe = recipe_of_note(note_in(probe))
     if recipe is not None:
         mark(model, Recipe.from_dict(recipe))
     notes = (
@@ -51,17 +48,8 @@ def read_script(probe: Probe, request: Request) -> Loaded:
 def write_script(saved: Saved, path: Path, force: bool) -> tuple[str, ...]:  # noqa: FBT001 - as all writers
     """Write a model as TorchScript, with its recipe beside it."""
     model, notes = scripted(saved.model, saved.example_inputs, str(path))
-    own = json.dumps({"bntools_version": own_version(), "bntools_recipe": saved.recipe})
     whole = io.BytesIO()  # torch closes what it writes to
     with quiet():
-        torch.jit.save(model, whole, _extra_files={_FILE: own})
+        torch.jit.save(model, whole, _extra_files={NOTE: note(saved.recipe)})
     write_atomically(path, lambda stream: stream.write(whole.getbuffer()), force=force)
     return notes
-
-
-def _recipe(text: str | bytes) -> dict[str, Any] | None:
-    if not text:
-        return None
-    found = json.loads(text)
-    recipe = found.get("bntools_recipe") if isinstance(found, dict) else None
-    return recipe if isinstance(recipe, dict) else None

@@ -14,7 +14,7 @@ from bntools.formats.scripted import read_script, write_script
 from bntools.formats.torchfile import read_torch, write_torch
 from bntools.formats.unpickling import LEGACY_MAGIC
 
-__all__ = ["FORMATS", "is_onnx", "recognised", "refusal", "supported", "written_as"]
+__all__ = ["FORMATS", "recognised", "refusal", "supported", "written_as"]
 
 _SCRIPT = (
     "Take the model that it was made from: torch.save(model, path), or torch.export.save(program,"
@@ -22,10 +22,13 @@ _SCRIPT = (
 )
 _ONNX = "Save the PyTorch model: torch.save(model, path)"
 _ONNX_VERBS = frozenset({"fold", "inspect", "verify"})
+_ORIGINALS = (
+    "It keeps no originals: fold again with --keep-originals, into a .pt or .safetensors file"
+)
 _AGAIN = "download or copy it again"
 
 
-def is_onnx(probe: Probe) -> bool:
+def _is_onnx(probe: Probe) -> bool:
     """Whether a file is an ONNX model, by its content or its name."""
     # A protobuf message: the IR version, then a field of ModelProto.
     fields = re.match(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]", probe.head)
@@ -54,10 +57,11 @@ FORMATS: tuple[Format, ...] = (
         "a torch.export archive",
         holds("archive_format", "serialized_exported_program.json"),
         read_exported,
+        advice=_ORIGINALS,
         key="torch.export",
         write=write_exported,
         endings=(".pt2",),
-        verbs=EVERY_VERB,
+        verbs=EVERY_VERB - {"unfold"},
         carries=frozenset({"recipe"}),
     ),
     Format(
@@ -110,7 +114,7 @@ FORMATS: tuple[Format, ...] = (
     Format("a web page, not a model", starts(b"<!DOCTYPE", b"<!doctype", b"<html"), advice=_AGAIN),
     Format(
         "an ONNX model",
-        is_onnx,
+        _is_onnx,
         advice=_ONNX,
         key="ONNX",
         endings=(".onnx",),

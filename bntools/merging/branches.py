@@ -9,7 +9,7 @@ from torch import nn
 
 from bntools.dataflow.graph import Graph, Kind, Node, Value
 from bntools.dataflow.layers import has_hooks
-from bntools.dataflow.reach import Refused, weight_name
+from bntools.dataflow.reach import Refused
 from bntools.errors import SurgeryError
 from bntools.merging.cones import (
     Cone,
@@ -18,9 +18,11 @@ from bntools.merging.cones import (
     check_written,
     cones,
 )
+from bntools.merging.constants import Computed, is_constant, weight_of
 from bntools.merging.merges import Planned, Undone, check_cost, merged_shape, tensor_of
 from bntools.merging.probing import Probed
-from bntools.merging.steps import program, steps_of
+from bntools.merging.steps import program
+from bntools.merging.sums import steps_of
 from bntools.modules import get_module, named_modules, named_tensors
 from bntools.recipe import Edit
 from bntools.report import Merge, Reason
@@ -131,11 +133,14 @@ def _host(model: nn.Module, graph: Graph, cone: Cone, shape: Shape) -> str:
     prefix = f"{cone.path}." if cone.path else ""
     best: dict[str, tuple[bool, int]] = {}
     for node in steps_of(cone.nodes):
-        path = graph.owners[weight_name(node)]
+        weight = weight_of(graph, node)
+        if isinstance(weight, Computed):
+            continue  # its layer is one of its own kind
+        path = graph.owners[weight]
         module = get_module(model, path)
         if path.startswith(prefix) and isinstance(module, _LAYERS) and path:
             right = _sized(module) == _sized_as(shape)
-            best.setdefault(path, (right, graph.tensors[weight_name(node)].numel()))
+            best.setdefault(path, (right, graph.tensors[weight].numel()))
     if not best:
         raise Refused(Reason.NOT_REWRITABLE, "its weights belong to no layer inside of it")
     return max(best, key=lambda path: best[path])
@@ -189,10 +194,12 @@ def _check_calls(model: nn.Module, graph: Graph, cone: Cone, change: Bypass) -> 
         if not any(True for _ in named_tensors(part)):
             continue
         for node in graph.nodes:
-            if path in node.stack and node not in inside and not _is_constant(node):
+            more = node not in inside and not node.idle and not _is_constant(graph, node)
+            if path in node.stack and more:
                 detail = f"{path} does more than this ({node.name.strip('_')})"
                 raise Refused(Reason.NOT_REWRITABLE, detail)
 
 
-def _is_constant(node: Node) -> bool:
-    return all(value.constant for value in node.inputs) and node.kind is not Kind.OUTPUT
+def _is_constant(graph: Graph, node: Node) -> bool:
+    known = all(is_constant(graph, value) for value in node.inputs)
+    return known and node.kind is not Kind.OUTPUT

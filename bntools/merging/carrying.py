@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from bntools.absorb import SMALLEST_NORMAL
 from bntools.dataflow.graph import Graph
 from bntools.dataflow.recorder import record
+from bntools.dataflow.twins import first_difference
 from bntools.equivalence import in_float64
 from bntools.errors import PlanError, SurgeryError
 from bntools.examples import Examples
 from bntools.merging.branches import Found, branch_merges, places
 from bntools.merging.chains import chain_merges
 from bntools.merging.merges import Key, Planned, Undone, carry_out, tensor_of
-from bntools.merging.probing import Probed, first_difference, probed
+from bntools.merging.probing import Probed, probed
 from bntools.merging.sizes import size_of
 from bntools.modules import duplicate
 from bntools.observing import observe
@@ -44,7 +45,7 @@ _UNCHECKED = Merge(
 class Start:
     """A folded model: of which original, by which folds, and on which two inputs it was recorded.
 
-    `chosen` are the paths of the norm layers that may go.
+    `chosen` are the paths of the norm layers that may go, `stuck` those whose own fold was undone.
     """
 
     original: nn.Module
@@ -53,6 +54,7 @@ class Start:
     inputs: tuple[Examples, Examples]
     chosen: frozenset[str]
     options: FoldOptions
+    stuck: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,10 +200,20 @@ def _probed(
     while True:
         wanted = [path for path in paths if path not in others]
         with probed(model, wanted) as failures:
-            pairs = [
-                Probed(graph, _recorded(model, examples, calls=True))
-                for graph, examples in zip(graphs, start.inputs, strict=True)
-            ]
+            try:
+                pairs = [
+                    Probed(graph, _recorded(model, examples, calls=True))
+                    for graph, examples in zip(graphs, start.inputs, strict=True)
+                ]
+            except Exception:  # a forward that was traced may raise anything
+                if not wanted:
+                    raise
+                pairs = []
+        if not pairs:
+            wrong = [path for path in wanted if not _runs_traced(start, model, path)]
+            why = "its forward fails when torch.fx traces it"
+            others |= dict.fromkeys(wrong or wanted, why)
+            continue
         others |= failures
         found = [first_difference(pair.graph, pair.twin) for pair in pairs]
         node = next((each for each in found if each is not None), None)
@@ -210,6 +222,17 @@ def _probed(
         blamed = [path for path in node.stack if path in wanted][-1:] or wanted
         why = "torch.fx sees other values in its forward, which writes in place"
         others |= dict.fromkeys(blamed, why)
+
+
+def _runs_traced(start: Start, model: nn.Module, path: str) -> bool:
+    """Whether the model runs where only this one of its modules runs as torch.fx sees it."""
+    try:
+        with probed(model, [path]):
+            for examples in start.inputs:
+                _recorded(model, examples)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    return True
 
 
 def _agreed(found: Sequence[Found]) -> Found:
@@ -242,10 +265,11 @@ def _apply(way: _Way, merge: Planned) -> None:
 def _fold_again(way: _Way, start: Start) -> None:
     """Fold the norm layers that follow one layer now."""
     graph = _recorded(way.model, start.inputs[0])
-    if not start.chosen.intersection(layer.path for layer in graph.layers):
+    chosen = start.chosen - start.stuck
+    if not chosen.intersection(layer.path for layer in graph.layers):
         return
     seen = observe(way.model, start.inputs[0])
-    gone = {layer.path for layer in seen.graphs[0].layers} - start.chosen
+    gone = {layer.path for layer in seen.graphs[0].layers} - chosen
     plan = plan_observed(seen, skip=sorted(map(escape, gone)), options=start.options.plan)
     if not plan.folds:
         return

@@ -12,7 +12,8 @@ from bntools.dataflow.reach import Refused, weight_name
 from bntools.merging.branches import Found
 from bntools.merging.cones import Cone, check_exclusive, check_parameters
 from bntools.merging.merges import Planned, Undone, check_cost, merged_shape, tensor_of
-from bntools.merging.steps import data_inputs, program
+from bntools.merging.steps import program
+from bntools.merging.sums import data_inputs
 from bntools.modules import get_module
 from bntools.recipe import Edit
 from bntools.report import Merge, Reason

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from bntools.dataflow.graph import Graph, Kind, Node, Value
-from bntools.dataflow.reach import Refused, bias_beside, describe, weight_name, weight_uses
-from bntools.merging.steps import data_inputs, expands, steps_of
+from bntools.dataflow.reach import Refused, bias_beside, describe, weight_uses
+from bntools.merging.borders import is_write, painted
+from bntools.merging.constants import Computed, check_leaves, weight_of
+from bntools.merging.sums import data_inputs, expands, is_stack, steps_of, terms
 from bntools.report import Reason
 
 __all__ = ["Cone", "check_exclusive", "check_parameters", "check_written", "cones"]
@@ -40,7 +42,7 @@ def cones(graph: Graph, taken: Set[Node]) -> Iterator[Cone]:
     Sums among `taken`, which may grow on the way, are left out.
     """
     for node in reversed(graph.nodes):
-        if node.kind is Kind.SUM and node not in taken:
+        if node not in taken and terms(node) is not None:
             cone = _cone(node)
             if cone is not None and steps_of(cone.nodes):
                 yield cone
@@ -51,7 +53,7 @@ def _cone(sum_: Node) -> Cone | None:
     target = sum_.outputs[0]
     open_: dict[Value, None] = {target: None}
     nodes: list[Node] = []
-    while len(open_) > 1 or target in open_:
+    while len(open_) > 1 or target in open_ or _is_stack(next(iter(open_), None)):
         value = max(open_, key=_order)
         node = value.producer
         if node is None or value is not node.outputs[0] or not expands(node):
@@ -62,6 +64,11 @@ def _cone(sum_: Node) -> Cone | None:
     if not open_:
         return None
     return Cone(next(iter(open_)), target, tuple(reversed(nodes)))
+
+
+def _is_stack(value: Value | None) -> bool:
+    """Whether a value is all terms of a sum in one."""
+    return value is not None and value.producer is not None and is_stack(value.producer)
 
 
 def _order(value: Value) -> int:
@@ -76,7 +83,7 @@ def check_exclusive(cone: Cone) -> None:
             if value is cone.target:
                 continue
             for user in value.consumers:
-                if user not in inside:
+                if user not in inside and not user.idle:
                     raise Refused(*_other_use(user, node))
         if any(written.producer is None for written in node.writes):
             raise Refused(Reason.WRITTEN_IN_PLACE, "an input of the model is written in place")
@@ -85,8 +92,9 @@ def check_exclusive(cone: Cone) -> None:
 def check_written(nodes: Sequence[Node]) -> None:
     """What operations write in place must be new memory of theirs."""
     inside = set(nodes)
+    own = {node for each in painted(nodes).values() for node in each.inner}
     for node in nodes:
-        for value in node.writes:
+        for value in node.writes if node not in own else ():
             origin = value.producer
             while origin is not None and origin in inside and origin.writes:
                 origin = origin.writes[0].producer
@@ -110,7 +118,17 @@ def check_parameters(graph: Graph, nodes: Sequence[Node], chosen: Set[str] | Non
     """Weights, biases and norm layers may be used here only; `chosen` are the norms that may go."""
     inside = set(nodes)
     for node in steps_of(nodes):
-        _check_layer(graph, node, inside)
+        weight = weight_of(graph, node)
+        if isinstance(weight, Computed):
+            check_leaves(graph, weight, inside)
+        else:
+            _check_layer(graph, weight, inside)
+        _check_bias(node, inside)
+    for node in filter(is_write, nodes):
+        for value in node.inputs[1:]:
+            written = Computed.of_value(graph, value)
+            if written is not None:
+                check_leaves(graph, written, inside)
     owners = {node.norm.owner for node in nodes if node.kind is Kind.AFFINE}
     for node in graph.of_kind(Kind.AFFINE):
         if node.norm.owner in owners and node not in inside:
@@ -120,8 +138,7 @@ def check_parameters(graph: Graph, nodes: Sequence[Node], chosen: Set[str] | Non
             raise Refused(Reason.SKIPPED, f"{owner} was left out by --only or --skip")
 
 
-def _check_layer(graph: Graph, node: Node, inside: set[Node]) -> None:
-    name = weight_name(node)
+def _check_layer(graph: Graph, name: str, inside: set[Node]) -> None:
     path = graph.owners.get(name, "")
     if path in graph.sealed:
         raise Refused(Reason.SCRIPTED, f"{path} is compiled by TorchScript")
@@ -130,6 +147,10 @@ def _check_layer(graph: Graph, node: Node, inside: set[Node]) -> None:
             raise Refused(Reason.TIED_WEIGHT, f"{each} is also {', '.join(graph.tied[each])}")
     if not inside.issuperset(weight_uses(graph, name)):
         raise Refused(Reason.HOST_SHARED, f"{path} is called elsewhere as well")
+
+
+def _check_bias(node: Node, inside: set[Node]) -> None:
     bias = node.linear.bias
     if bias is not None and not inside.issuperset(bias.consumers):
-        raise Refused(Reason.TIED_WEIGHT, f"the bias of {path} is used elsewhere as well")
+        detail = f"the bias of {node.module} is used elsewhere as well"
+        raise Refused(Reason.TIED_WEIGHT, detail)

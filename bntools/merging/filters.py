@@ -21,9 +21,10 @@ from bntools.affine import Affine
 from bntools.dataflow.reach import Refused
 from bntools.report import Reason
 
-__all__ = ["Filter", "added", "average", "identity", "padded", "scaling", "then"]
+__all__ = ["Filter", "added", "average", "bordered", "cropped", "identity", "scaling", "then"]
 
 Sizes = tuple[int, ...]
+_ROUNDING = 1e-12  # of what a forward computes in another order than we do
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,8 @@ class Filter:
     """A convolution: `y[o] = bias + sum_j weight[..., j] * x[stride * o - before + dilation * j]`.
 
     x is zero outside of its bounds: `before` and `after` are how many such zeros there are at both
-    ends of each axis. `weight` has shape (C_out, C_in / groups, *kernel), `bias` (C_out,). A linear
-    layer is a filter without axes.
+    ends of each axis; where they are negative, so much is cut off. `weight` has shape
+    (C_out, C_in / groups, *kernel), `bias` (C_out,). A linear layer is a filter without axes.
     """
 
     weight: Tensor
@@ -95,21 +96,27 @@ class Filter:
         padding, zeros = [], []
         sizes = zip(self.before, self.after, self.dilation, self.kernel, strict=True)
         for before, after, step, kernel in sizes:
-            spacing = step if kernel > 1 else 1
-            taps, rest = divmod(abs(after - before), spacing)
-            if rest:
-                raise Refused(Reason.OTHER_GEOMETRY, "its padding cannot be made even")
-            padding.append(max(before, after))
-            zeros.append((taps, 0) if before < after else (0, taps))
+            even, front, back = _evened(before, after, step if kernel > 1 else 1)
+            padding.append(even)
+            zeros.append((front, back))
         steps = tuple(
             step if kernel > 1 else 1
             for step, kernel in zip(self.dilation, self.kernel, strict=True)
         )
         ends = [end for pair in reversed(zeros) for end in pair]
-        even = tuple(padding)
-        return replace(
-            self, weight=F.pad(self.weight, ends), dilation=steps, before=even, after=even
-        )
+        alike = tuple(padding)
+        weight = F.pad(self.weight, ends)
+        return replace(self, weight=weight, dilation=steps, before=alike, after=alike)
+
+
+def _evened(before: int, after: int, step: int) -> tuple[int, int, int]:
+    """The padding at both ends of an axis, and how many taps of zero then go before and after."""
+    least = max(before, after, 0)
+    for even in range(least, least + step):
+        front, back = even - before, even - after
+        if front % step == back % step == 0:
+            return even, front // step, back // step
+    raise Refused(Reason.OTHER_GEOMETRY, "its padding cannot be made even")
 
 
 def identity(channels: int, rank: int) -> Filter:
@@ -124,9 +131,33 @@ def scaling(affine: Affine, rank: int) -> Filter:
     return Filter(weight, affine.shift, affine.channels, one, one, none, none)
 
 
-def padded(channels: int, before: Sequence[int], after: Sequence[int]) -> Filter:
-    """Zeros added at both ends of each axis."""
-    return replace(identity(channels, len(before)), before=tuple(before), after=tuple(after))
+def bordered(first: Filter, before: Sizes, after: Sizes, values: Tensor) -> Filter:
+    """One value per channel added at both ends of each axis of what a filter gives.
+
+    Exact where these are what the filter gives for zeros: a kernel of one, stride 1, this bias.
+    """
+    for axis, ends in enumerate(zip(before, after, strict=True)):
+        if any(ends) and not _is_plain(first, axis):
+            raise Refused(Reason.PADDED_BETWEEN, "what is padded comes from no plain 1x1")
+    apart = (first.bias - values).abs()
+    limit = _ROUNDING * torch.maximum(first.bias.abs(), values.abs()).max()
+    if any((*before, *after)) and not bool((apart <= limit).all()):
+        detail = "the padding has other values than its layers give for zeros"
+        raise Refused(Reason.PADDED_BETWEEN, detail)
+    return replace(
+        first,
+        before=tuple(a + b for a, b in zip(first.before, before, strict=True)),
+        after=tuple(a + b for a, b in zip(first.after, after, strict=True)),
+    )
+
+
+def cropped(channels: int, before: Sizes, after: Sizes) -> Filter:
+    """What is left where so many values are cut off at both ends of each axis."""
+    return replace(
+        identity(channels, len(before)),
+        before=tuple(-size for size in before),
+        after=tuple(-size for size in after),
+    )
 
 
 def average(
@@ -142,8 +173,9 @@ def average(
 def added(terms: Sequence[tuple[float, Filter]]) -> Filter:
     """The sum of coefficient times filter, all of one input; `Refused` where there is none.
 
-    Strides must be equal, and dilations but for kernels of one. Equal growth means equal output
-    sizes for every size of input; for even padding p that is an equal `p - d * (k - 1) / 2`.
+    Strides must be equal. Equal growth means equal output sizes for every size of input; for even
+    padding p that is an equal `p - d * (k - 1) / 2`. Where dilations differ, or places, the sum
+    has the largest dilation that fits all, and zeros between taps (UniRepLKNet, Ding et al. 2024).
     """
     filters = [each for _, each in terms]
     first = filters[0]
@@ -172,20 +204,19 @@ def added(terms: Sequence[tuple[float, Filter]]) -> Filter:
 
 
 def _common_dilation(filters: Sequence[Filter], axis: int) -> int:
-    steps = {each.dilation[axis] for each in filters if each.kernel[axis] > 1}
-    if len(steps) > 1:
-        raise _differ("dilations", *sorted(steps))
-    return steps.pop() if steps else 1
+    """The largest step in which the taps of all filters are, as far apart as their ends are."""
+    steps = (each.dilation[axis] for each in filters if each.kernel[axis] > 1)
+    apart = (each.before[axis] - filters[0].before[axis] for each in filters)
+    return math.gcd(*steps, *apart) or 1
 
 
 def _places(each: Filter, before: Sizes, dilation: Sizes) -> Any:
     """Where the taps of a filter are in a larger kernel, as an index."""
     found = []
-    for most, own, step, size in zip(before, each.before, dilation, each.kernel, strict=True):
-        start, rest = divmod(most - own, step)
-        if rest:
-            raise Refused(Reason.OTHER_GEOMETRY, "its branches look at other places of their input")
-        found.append(slice(start, start + size))
+    for axis, (most, step) in enumerate(zip(before, dilation, strict=True)):
+        start, size = (most - each.before[axis]) // step, each.kernel[axis]
+        apart = each.dilation[axis] // step if size > 1 else 1
+        found.append(slice(start, start + apart * (size - 1) + 1, apart))
     return (..., *found)
 
 
@@ -218,14 +249,20 @@ def then(first: Filter, second: Filter) -> Filter:
 
 def _exact_at_borders(first: Filter, second: Filter) -> None:
     for axis, (before, after) in enumerate(zip(second.before, second.after, strict=True)):
-        if not before and not after:
+        if before <= 0 and after <= 0:
             continue
-        if first.kernel[axis] > 1 or first.stride[axis] > 1:
+        if not _is_plain(first, axis):
             detail = "the second of two layers is padded, and the first is no plain 1x1"
             raise Refused(Reason.PADDED_BETWEEN, detail)
         if first.bias.any():
             detail = "the second of two layers is padded with zeros, the first has a bias"
             raise Refused(Reason.PADDED_BETWEEN, detail)
+
+
+def _is_plain(each: Filter, axis: int) -> bool:
+    """Whether a filter takes each place of an axis to the same place, and cuts nothing off."""
+    cut = min(each.before[axis], each.after[axis]) < 0
+    return each.kernel[axis] == each.stride[axis] == 1 and not cut
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from bntools.errors import SurgeryError
 from bntools.modules import get_module
 from bntools.rewriting import own_graph
 
-__all__ = ["Probed", "first_difference", "probed"]
+__all__ = ["Probed", "probed"]
 
 _PROBES = "bntools_probes"
 
@@ -95,24 +94,3 @@ class Probed:
     def twin_of(self, node: Node) -> Node:
         """The same operation in the other recording."""
         return self.twin.nodes[node.order]
-
-
-def first_difference(graph: Graph, twin: Graph) -> Node | None:
-    """The first operation that reads or gives other values in the one recording than in the other.
-
-    torch.fx traces `x += y` as `x + y`: where somebody sees x afterwards, this tells.
-    """
-    same: dict[Value, Value] = {}
-    for node, other in zip_longest(graph.nodes, twin.nodes):
-        if node is None or other is None:
-            return node or other
-        alike = node.kind is other.kind and node.name.strip("_") == other.name.strip("_")
-        if not alike or len(node.inputs) != len(other.inputs):
-            return node
-        for mine, theirs in zip(node.inputs, other.inputs, strict=True):
-            if same.setdefault(mine, theirs) is not theirs:
-                return node
-        if len(node.outputs) != len(other.outputs):
-            return node
-        same.update(zip(node.outputs, other.outputs, strict=True))
-    return None

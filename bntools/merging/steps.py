@@ -6,24 +6,35 @@ it gives the kernel to the last bit that the parameters have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from bntools.affine import Affine
 from bntools.dataflow.graph import Graph, Kind, Node, Value
-from bntools.dataflow.reach import Refused, describe, weight_name
-from bntools.merging.filters import Filter, added, average, identity, padded, scaling, then
+from bntools.dataflow.reach import Refused, describe
+from bntools.merging.borders import Border, border_of, painted
+from bntools.merging.constants import Channels, Computed, Tensors, weight_of
+from bntools.merging.filters import Filter, added, average, cropped, identity, scaling, then
+from bntools.merging.sums import (
+    data_inputs,
+    is_row,
+    is_scaling,
+    is_stack,
+    lifts,
+    steps_of,
+    terms,
+)
 from bntools.report import Reason
 
-__all__ = ["Frame", "Program", "data_inputs", "expands", "frame_of", "program", "steps_of"]
+__all__ = ["Frame", "Program", "frame_of", "program"]
 
 _SAME = {"clone", "detach", "alias", "lift_fresh"}
+_END = 2**63 - 1  # how ATen writes a slice to the end
 _FACTORS = {"mul", "div", "neg"}
 _POOLS = {"avg_pool2d": 2, "avg_pool3d": 3}
-Tensors = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Frame:
     def channels(self, value: Value) -> int:
         """The number of channels of a value, or `Refused` where it is laid out otherwise."""
         batched = len(value.shape) == self.channel_dim + 1 + self.rank
+        batched = batched or (self.rank == 1 and is_row(value))
         if not batched or (self.rank and self.channel_dim != 1):
             raise Refused(Reason.CHANNEL_MISMATCH, "its values are laid out in different ways")
         return value.shape[self.channel_dim]
@@ -45,7 +57,7 @@ class Frame:
 class _Convolve:
     """A convolution, or a linear layer, by the names of its tensors."""
 
-    weight: str
+    weight: str | Computed
     axis: int = 0
     groups: int = 1
     stride: tuple[int, ...] = ()
@@ -55,23 +67,34 @@ class _Convolve:
     bias: str | None = field(default=None, compare=False)
 
     def apply(self, tensors: Tensors, inputs: Sequence[Filter]) -> Filter:
-        weight = tensors(self.weight).detach().double()
+        own = self.weight
+        weight = own.evaluate(tensors) if isinstance(own, Computed) else tensors(own)
+        weight = weight.detach().double()
         weight = weight.t() if self.axis else weight
         bias = weight.new_zeros(weight.shape[0]) if self.bias is None else tensors(self.bias)
         zeros = self.padding
-        own = Filter(weight, bias, self.groups, self.stride, self.dilation, zeros, zeros)
-        return then(inputs[0], own)
+        filter_ = Filter(weight, bias, self.groups, self.stride, self.dilation, zeros, zeros)
+        return then(inputs[0], filter_)
 
 
 @dataclass(frozen=True, eq=False)
 class _Scale:
-    """A norm layer, or another constant affine map."""
+    """A norm layer, or another constant affine map.
+
+    `held` are the names of a batch norm's tensors, weight first, and its eps: a fold may have given
+    it other numbers.
+    """
 
     affine: Affine
     rank: int
+    held: tuple[tuple[str, ...], float] | None = None
 
-    def apply(self, _: Tensors, inputs: Sequence[Filter]) -> Filter:
-        return then(inputs[0], scaling(self.affine, self.rank))
+    def apply(self, tensors: Tensors, inputs: Sequence[Filter]) -> Filter:
+        affine = self.affine
+        if self.held is not None:
+            names, eps = self.held
+            affine = _batch_norm([tensors(name) for name in names], eps)
+        return then(inputs[0], scaling(affine, self.rank))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Scale) and self.affine.same_as(other.affine)
@@ -93,24 +116,31 @@ class _Average:
 
 
 @dataclass(frozen=True)
-class _Pad:
+class _Crop:
     channels: int
     before: tuple[int, ...]
     after: tuple[int, ...]
 
     def apply(self, _: Tensors, inputs: Sequence[Filter]) -> Filter:
-        return then(inputs[0], padded(self.channels, self.before, self.after))
+        return then(inputs[0], cropped(self.channels, self.before, self.after))
 
 
 @dataclass(frozen=True)
 class _Add:
+    """A sum, also with constants of one value per channel."""
+
     coefficients: tuple[float, ...]
+    constants: tuple[tuple[float, Channels], ...] = ()
 
-    def apply(self, _: Tensors, inputs: Sequence[Filter]) -> Filter:
-        return added(list(zip(self.coefficients, inputs, strict=True)))
+    def apply(self, tensors: Tensors, inputs: Sequence[Filter]) -> Filter:
+        whole = added(list(zip(self.coefficients, inputs, strict=True)))
+        bias = whole.bias
+        for factor, constant in self.constants:
+            bias = bias + factor * constant.evaluate(tensors)
+        return replace(whole, bias=bias)
 
 
-Step = _Convolve | _Scale | _Average | _Pad | _Add
+Step = _Convolve | _Scale | _Average | Border | _Crop | _Add
 
 
 @dataclass(frozen=True)
@@ -134,31 +164,6 @@ class Program:
         return tuple(step for step, _ in self.steps if isinstance(step, _Convolve))
 
 
-def expands(node: Node) -> bool:
-    """Whether an operation may be linear in its data, so that it is worth looking behind it."""
-    if node.kind in (Kind.LINEAR, Kind.AFFINE, Kind.SUM):
-        return True
-    name = node.name.strip("_")
-    if node.kind is Kind.PASS:
-        return name in _FACTORS or name in _POOLS
-    return node.kind is Kind.MOVE and len(node.outputs) == 1
-
-
-def data_inputs(node: Node) -> Sequence[Value]:
-    """The values that an operation is linear in; constants are not among them."""
-    if node.kind is Kind.LINEAR:
-        entry = node.linear.entry
-        return node.inputs[:1] if entry is None else [node.inputs[entry.position]]
-    if node.kind in (Kind.SUM, Kind.MOVE):
-        return [value for value in dict.fromkeys(node.inputs) if not value.constant]
-    return node.inputs[:1]
-
-
-def steps_of(nodes: Sequence[Node]) -> list[Node]:
-    """The convolutions and linear layers among some operations."""
-    return [node for node in nodes if node.kind is Kind.LINEAR]
-
-
 def frame_of(nodes: Sequence[Node]) -> Frame:
     """The layout of the values between operations, which their linear layers tell."""
     frames = {_frame(node) for node in steps_of(nodes)}
@@ -180,15 +185,21 @@ def _frame(node: Node) -> Frame:
 def program(graph: Graph, source: Value, nodes: Sequence[Node]) -> Program:
     """The operations, in execution order, as one program from `source` on; or `Refused`."""
     frame = frame_of(nodes)
+    borders = painted(nodes)
+    written = {node for each in borders.values() for node in each.inner}
     places = {source: 0}
     steps: list[tuple[Step, tuple[int, ...]]] = []
     for node in nodes:
-        inputs = node.inputs if node.kind is Kind.SUM else data_inputs(node)
-        step = _step(graph, node, frame)
+        if node in written or is_stack(node):
+            continue
+        border = borders.get(node)
+        inputs = _inputs(node) if border is None else (border.data,)
+        step = _step(graph, node, frame) if border is None else border.step(graph, frame.rank)
         for value in inputs:
-            frame.channels(value)
             if value not in places:
-                raise Refused(Reason.CHANNEL_MISMATCH, _other_input(node))
+                detail = f"{describe(node)} also takes what is not made of one value alone"
+                raise Refused(Reason.CHANNEL_MISMATCH, detail)
+            frame.channels(value)
         if step is None:
             places[node.outputs[0]] = places[inputs[0]]
             continue
@@ -197,8 +208,12 @@ def program(graph: Graph, source: Value, nodes: Sequence[Node]) -> Program:
     return Program(frame.channels(source), frame.rank, tuple(steps))
 
 
-def _other_input(node: Node) -> str:
-    return f"{describe(node)} adds a constant that is none of one value per channel"
+def _inputs(node: Node) -> Sequence[Value]:
+    """What a step takes; constants are none of it."""
+    found = terms(node)
+    if found is None:
+        return data_inputs(node)
+    return [value for _, value in found if not value.constant]
 
 
 def _step(graph: Graph, node: Node, frame: Frame) -> Step | None:
@@ -206,28 +221,45 @@ def _step(graph: Graph, node: Node, frame: Frame) -> Step | None:
     if node.kind is Kind.LINEAR:
         return _convolve(graph, node)
     if node.kind is Kind.AFFINE:
-        return _scale(node, frame)
-    if node.kind is Kind.SUM:
-        shapes = {value.shape for value in (*node.inputs, *node.outputs)}
-        if len(shapes) > 1:
-            raise Refused(Reason.CHANNEL_MISMATCH, "its branches have different shapes")
-        return _Add(node.sum.coefficients)
+        return _scale(graph, node, frame)
+    if (found := terms(node)) is not None:
+        return _sum(graph, node, found, frame)
     name = node.name.strip("_")
     if node.kind is Kind.PASS and name in _FACTORS and node.passing.gain is not None:
         return _Add((node.passing.gain,))
     if name in _POOLS:
         return _average(node, _POOLS[name], frame)
     if name == "constant_pad_nd":
-        return _pad(node, frame)
-    if name in _SAME:
+        return border_of(node, frame.rank, frame.channels(node.inputs[0]))
+    if name == "slice":
+        return _crop(node, frame)
+    if name in _SAME or (frame.rank == 1 and lifts(node)):
         return None
+    if is_scaling(node):
+        detail = f"{describe(node)} scales by a constant that is none of one value per channel"
+        raise Refused(Reason.CHANNEL_MISMATCH, detail)
     raise Refused(Reason.NOT_REWRITABLE, f"{describe(node)} is between its layers")
+
+
+def _sum(graph: Graph, node: Node, found: Sequence[tuple[float, Value]], frame: Frame) -> Step:
+    shapes = {value.shape for _, value in found if not value.constant}
+    if len({*shapes, node.outputs[0].shape}) > 1:
+        raise Refused(Reason.CHANNEL_MISMATCH, "its branches have different shapes")
+    constants = []
+    for factor, value in found:
+        if value.constant:
+            each = Channels.of(graph, value, node.outputs[0].shape, frame.channel_dim)
+            if each is None:
+                detail = f"{describe(node)} adds a constant that is none of one value per channel"
+                raise Refused(Reason.CHANNEL_MISMATCH, detail)
+            constants.append((factor, each))
+    return _Add(tuple(k for k, value in found if not value.constant), tuple(constants))
 
 
 def _convolve(graph: Graph, node: Node) -> Step:
     linear = node.linear
-    name = weight_name(node)
-    if name not in graph.owners:
+    name = weight_of(graph, node)
+    if isinstance(name, str) and name not in graph.owners:
         raise Refused(Reason.FIXED_WEIGHT, f"the weight of {node.module} is no parameter")
     bias = None if linear.bias is None else linear.bias.parameter
     if linear.bias is not None and bias is None:
@@ -238,12 +270,12 @@ def _convolve(graph: Graph, node: Node) -> Step:
     if transposed:
         detail = f"{node.module} is a transposed convolution, which merges with nothing"
         raise Refused(Reason.OTHER_GEOMETRY, detail)
-    rank = len(graph.tensors[name].shape) - 2
+    rank = len(node.inputs[0].shape) - 2
     steps, zeros, holes = (_spread(sizes, rank) for sizes in (stride, padding, dilation))
     return _Convolve(name, 0, int(groups), steps, zeros, holes, bias)
 
 
-def _scale(node: Node, frame: Frame) -> Step:
+def _scale(graph: Graph, node: Node, frame: Frame) -> Step:
     affine = node.norm.affine
     if isinstance(affine, Reason):
         detail = f"{node.norm.owner} has no constant affine map ({affine.value})"
@@ -251,9 +283,38 @@ def _scale(node: Node, frame: Frame) -> Step:
     if not affine.is_finite():
         raise Refused(Reason.NON_FINITE, f"{node.norm.owner} gives NaN or infinite values")
     channels = frame.channels(node.inputs[0])
+    held = _held(graph, node, affine)
+    if held is None and (alike := _alike(affine, channels)) is not None:
+        return _Scale(alike, frame.rank)
     if node.norm.channel_dim != frame.channel_dim or affine.channels != channels:
-        raise Refused(Reason.CHANNEL_MISMATCH, f"{node.norm.owner} has other channels")
-    return _Scale(affine, frame.rank)
+        detail = f"{node.norm.owner} scales and shifts along another axis than that of the channels"
+        raise Refused(Reason.CHANNEL_MISMATCH, detail)
+    return _Scale(affine, frame.rank, held)
+
+
+def _alike(affine: Affine, channels: int) -> Affine | None:
+    """A map that is the same for all channels, along whichever axis it was found; else None."""
+    both = affine.scale, affine.shift
+    if not affine.channels or any(bool((each != each[0]).any()) for each in both):
+        return None
+    return Affine(*(each[:1].expand(channels).clone() for each in both))
+
+
+def _held(graph: Graph, node: Node, affine: Affine) -> tuple[tuple[str, ...], float] | None:
+    """The tensors of a batch norm and the number that is its eps; None for any other map."""
+    names = tuple(value.parameter for value in node.inputs[1:] if value.parameter is not None)
+    if len(names) != 4 or len(node.inputs) != 5:
+        return None
+    tensors = [graph.tensors[name] for name in names]
+    for eps in node.literals:
+        if isinstance(eps, float) and _batch_norm(tensors, eps).same_as(affine):
+            return names, eps
+    return None
+
+
+def _batch_norm(tensors: Sequence[Tensor], eps: float) -> Affine:
+    weight, bias, mean, variance = tensors
+    return Affine.of_batch_norm(mean, variance, weight, bias, eps=eps)
 
 
 def _average(node: Node, rank: int, frame: Frame) -> Step:
@@ -262,6 +323,8 @@ def _average(node: Node, rank: int, frame: Frame) -> Step:
     stride = _spread(given[1], rank) if given[1] else kernel
     padding = _spread(given[2] or 0, rank)
     counts = given[4] is not False
+    if frame.rank == 1 and is_row(node.inputs[0]) and (kernel[0], padding[0]) == (1, 0):
+        kernel, stride, padding, rank = kernel[1:], stride[1:], padding[1:], 1
     if rank != frame.rank:
         raise Refused(Reason.CHANNEL_MISMATCH, f"{describe(node)} pools over other axes")
     if given[3]:
@@ -272,13 +335,20 @@ def _average(node: Node, rank: int, frame: Frame) -> Step:
     return _Average(frame.channels(node.inputs[0]), kernel, stride, padding, given[5])
 
 
-def _pad(node: Node, frame: Frame) -> Step:
-    ends, value = node.literals[0], (*node.literals, 0)[1]
-    if value or len(ends) > 2 * frame.rank or any(end < 0 for end in ends):
-        raise Refused(Reason.PADDED_BETWEEN, f"{describe(node)} pads with no zeros, or other axes")
-    full = [*ends, *(0,) * (2 * frame.rank - len(ends))]
-    before, after = tuple(reversed(full[0::2])), tuple(reversed(full[1::2]))
-    return _Pad(frame.channels(node.inputs[0]), before, after)
+def _crop(node: Node, frame: Frame) -> Step:
+    """A slice that cuts as much off at any size: `x[:, :, 1:-1]`."""
+    given: list[Any] = [*node.literals, *(0, None, None, 1)[len(node.literals) :]]
+    value, start, step = node.inputs[0], given[1] or 0, given[3]
+    last = _END if given[2] is None else given[2]
+    place = given[0] % len(value.shape) - frame.channel_dim - 1
+    relative = start >= 0 and (last < 0 or last >= _END) and step == 1
+    row = frame.rank == 1 and is_row(value)
+    if not 0 <= place < frame.rank or not relative or row:
+        detail = f"{describe(node)} cuts off something else at other sizes, or other axes"
+        raise Refused(Reason.NOT_REWRITABLE, detail)
+    before, after = [0] * frame.rank, [0] * frame.rank
+    before[place], after[place] = start, -last if last < 0 else 0
+    return _Crop(frame.channels(value), tuple(before), tuple(after))
 
 
 def _spread(sizes: Any, rank: int) -> tuple[int, ...]:

@@ -215,6 +215,8 @@ def _pad(one: _Operation) -> Found:
 def _homogeneous(one: _Operation) -> Found:
     if one.shape != one.known[one.data].shape:
         return None  # the slopes of a PRelu that make the data larger
+    if not all(one.known[name].constant for name in one.node.input[1:2]):
+        return None  # slopes that are data themselves
     return Pass(
         lambda labels: [labels[0]], gain=None, monotone=True, limit="only zero stays zero there"
     )

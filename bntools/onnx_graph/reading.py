@@ -64,7 +64,7 @@ def read_onnx(model: str | os.PathLike[str] | ModelProto) -> OnnxSource:
 
 
 def _parsed(path: Path) -> ModelProto:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise LoadError(f"Cannot load {path}: there is no such file.")
     proto = ModelProto()
     try:

@@ -89,7 +89,7 @@ class _Seen:
             decision.kind,
             channels=affine.channels if affine is not None else None,
             eps=float(str(np.float32(call.eps))) if call is not None else None,
-            momentum=round(1.0 - call.momentum, 6) if call is not None else None,
+            momentum=_momentum(call.momentum) if call is not None else None,
             mean=_range(values.get("mean")),
             variance=_range(values.get("variance")),
             gamma=_range(values.get("gamma")),
@@ -103,6 +103,11 @@ class _Seen:
             biased=self._biased.get(decision.path, ()),
             flushed=self._flushed[decision.path],
         )
+
+
+def _momentum(given: float) -> float | None:
+    """As torch counts it; 1 is what exporters write for None, the average of all batches."""
+    return None if given == 1 else round(1.0 - given, 6)
 
 
 def _range(values: Tensor | None) -> Range | None:

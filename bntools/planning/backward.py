@@ -2,7 +2,8 @@
 
 A norm folds into linear layers (its hosts) when all that the norm sees comes from them through
 operations that its affine passes, each channel unmixed, and nobody else sees those channels before
-the norm.
+the norm. What folds nowhere may still go into a norm layer that stays, which scales and shifts each
+channel as well as any linear layer.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ from bntools.report import Reason
 __all__ = ["fold_backward"]
 
 
-def fold_backward(state: PlanState, layer: NormLayer) -> NormFold:
-    """The fold of one norm layer into what comes before it, or `Refused`."""
+def fold_backward(
+    state: PlanState, layer: NormLayer, standing: frozenset[Node] = frozenset()
+) -> NormFold:
+    """The fold of one norm layer into what comes before it, or `Refused`.
+
+    `standing` are the calls of norm layers that stay and can be hosts.
+    """
     sites = state.sites[layer.path]
-    found = {site: origins(site.inputs[0], state.folded) for site in sites}
+    found = {site: origins(site.inputs[0], state.folded, standing) for site in sites}
+    if standing and not any(standing.intersection(origin.hosts) for origin in found.values()):
+        raise Refused(Reason.NOT_AFTER_LINEAR, "it follows no norm that stays")
     passages = [Passage(state, site, origin) for site, origin in found.items()]
     for passage in passages:
         _exclusive(state, passage, sites)
@@ -33,6 +41,8 @@ def fold_backward(state: PlanState, layer: NormLayer) -> NormFold:
     _not_by_stride(state, found)
     via = {n.name.strip("_") for o in found.values() for n in o.nodes if n.kind is not Kind.AFFINE}
     detail = f"through {', '.join(sorted(via))}" if via else ""
+    if standing:
+        detail = f"into a norm that stays, {detail}".removesuffix(", ")
     return NormFold(layer, _hosts(state, passages), detail, turn=len(state.folded))
 
 
@@ -63,7 +73,7 @@ def _affines(passages: Sequence[Passage], choice: int) -> dict[Value, Affine]:
 
 
 def _is_host(value: Value) -> bool:
-    return value.producer is not None and value.producer.kind is Kind.LINEAR
+    return value.producer is not None  # parameters that are added have none
 
 
 def _exclusive(state: PlanState, passage: Passage, sites: Sequence[Node]) -> None:

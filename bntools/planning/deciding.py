@@ -38,7 +38,12 @@ def decide(
     outcomes = _settled(state, graph.layers, _backward)
     open_layers = [x for x in graph.layers if _is_open(outcomes[x.path])]
     # no fold forward lets another one through backward: nothing but linear layers come after it
-    return outcomes | _settled(state, open_layers, partial(_forward, outcomes))
+    outcomes |= _settled(state, open_layers, partial(_forward, outcomes))
+    left = [x for x in open_layers if isinstance(outcomes[x.path], Kept)]
+    for fold in (fold_backward, fold_forward):
+        outcomes |= _settled(state, left, partial(_onto_norms, fold, outcomes))
+        left = [x for x in left if isinstance(outcomes[x.path], Kept)]
+    return outcomes | {x.path: _told_again(outcomes, state, x) for x in left if state.hosts(x)}
 
 
 def _settled(
@@ -79,6 +84,35 @@ def _forward(backward: Mapping[str, Outcome], state: PlanState, layer: NormLayer
         return fold_forward(state, layer)
     except Refused as refusal:
         return Kept(cast("Refused", backward[layer.path]), refusal)
+
+
+def _onto_norms(
+    fold: Callable[[PlanState, NormLayer, frozenset[Node]], NormFold],
+    kept: Mapping[str, Outcome],
+    state: PlanState,
+    layer: NormLayer,
+) -> Outcome:
+    """Let a norm that stays absorb another one: of some in a row at most one is left."""
+    if state.hosts(layer):
+        return kept[layer.path]
+    hosts = state.standing(path for path in kept if path != layer.path and _is_left(kept[path]))
+    try:
+        return fold(state, layer, hosts) if hosts else kept[layer.path]
+    except Refused:
+        return kept[layer.path]
+
+
+def _told_again(kept: Mapping[str, Outcome], state: PlanState, layer: NormLayer) -> Outcome:
+    """What stops a norm that stays, now that others have gone into it."""
+    before, after = (fold(state, layer) for fold in (_backward, partial(_forward, kept)))
+    if isinstance(before, Refused) and isinstance(after, Kept):
+        return Kept(before, after.forward)
+    return kept[layer.path]
+
+
+def _is_left(outcome: Outcome) -> bool:
+    """Whether a layer has been tried in both directions, and stays."""
+    return isinstance(outcome, Kept) and outcome.forward is not None
 
 
 def _is_open(outcome: Outcome) -> bool:

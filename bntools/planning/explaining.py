@@ -93,6 +93,7 @@ def _backward(site: Node, folded: Set[Node]) -> list[tuple[Node | None, Value]]:
 def _forward(site: Node, folded: Set[Node]) -> list[tuple[Node | None, Value]]:
     """What uses a norm's output, up to linear calls and what stops a fold; the nearest first."""
     found: dict[Node, Value] = {}
+    reached = {site.outputs[0]}
     queue = [(node.order, i, node, site.outputs[0]) for i, node in _users(site.outputs[0])]
     heapq.heapify(queue)
     while queue:
@@ -100,7 +101,10 @@ def _forward(site: Node, folded: Set[Node]) -> list[tuple[Node | None, Value]]:
         if node in found:
             continue
         found[node] = value
-        passes = crosses(node, folded, None) and node.kind is not Kind.SUM and not node.writes
+        passes = crosses(node, folded, None) and not node.writes
+        if node.kind is Kind.SUM:
+            passes = passes and all(v in reached or v.parameter for v in node.inputs)
+        reached.update(node.outputs if passes else ())
         for out in node.outputs if passes else ():
             for i, user in _users(out):
                 heapq.heappush(queue, (user.order, len(found) * 1000 + i, user, out))
@@ -138,20 +142,23 @@ class _Teller:
         if node.kind is Kind.LINEAR:
             return self._linear(node, hosts)
         if node.kind is Kind.AFFINE:
-            return self._norm(node)
+            return self._norm(node, hosts)
         says = _condition(node)
         if says:
             return Step(name, node.module, "passes", says)
         what = "it leaves the forward" if node.kind is Kind.OUTPUT else "it is no such operation"
         return Step(name, node.module, "stops", f"{what} that a scale and shift pass")
 
-    def _norm(self, node: Node) -> Step:
+    def _norm(self, node: Node, hosts: Mapping[str, HostFold]) -> Step:
         path = node.norm.owner
         fold = self.folds.get(path)
-        if fold is None:
-            return Step("norm layer", path, "stops", "it stays, and is no linear layer")
-        hosts = ", ".join(dict.fromkeys(host.path for host in fold.hosts))
-        return Step("norm layer", path, "passes", f"it is gone, into {hosts}")
+        if fold is not None:
+            into = ", ".join(dict.fromkeys(host.path for host in fold.hosts))
+            return Step("norm layer", path, "passes", f"it is gone, into {into}")
+        host = None if node.norm.linear is None else hosts.get(weight_name(node))
+        if host is not None:
+            return Step("norm layer", path, "absorbs", f"it stays; {_absorbing(host)}")
+        return Step("norm layer", path, "stops", "it stays, and is no linear layer")
 
     def _linear(self, node: Node, hosts: Mapping[str, HostFold]) -> Step:
         name, key = node.name.strip("_"), node.linear.host

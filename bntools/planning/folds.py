@@ -37,6 +37,11 @@ class HostFold:
     outputs: int = 0
     padding: tuple[int, ...] = ()
 
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer, and no parameter that is added somewhere."""
+        return self.registered or self.path != self.weight
+
     def same_as(self, other: HostFold) -> bool:
         """Whether both folds do the same to the same host (one may have been given a bias)."""
         mine, theirs = (

@@ -1,13 +1,14 @@
 """Whether a norm layer folds forward into its hosts, on one graph.
 
 A norm folds into the linear layers after it when nothing else uses what it gives, when what is in
-between lets its affine pass, and each input channel is of one channel of the norm, or of none.
+between lets its affine pass, and each input channel is of one channel of the norm, or of none. What
+folds nowhere may still go into a norm layer that stays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from bntools.affine import Affine
 from bntools.dataflow.graph import ELSEWHERE, MIXED, ZERO, Entry, Kind, Node, NormLayer, Value
 from bntools.dataflow.reach import Refused, describe, is_idle, weight_name
+from bntools.planning.constants import constant_folds
 from bntools.planning.folds import HostFold, NormFold
 from bntools.planning.hosts import host_folds
 from bntools.planning.padding import padded
@@ -27,23 +29,42 @@ from bntools.report import Reason
 __all__ = ["Way", "fold_forward", "follow"]
 
 
-def fold_forward(state: PlanState, layer: NormLayer) -> NormFold:
-    """The fold of one norm layer into what comes after it, or `Refused`."""
+def fold_forward(
+    state: PlanState, layer: NormLayer, standing: frozenset[Node] = frozenset()
+) -> NormFold:
+    """The fold of one norm layer into what comes after it, or `Refused`.
+
+    `standing` are the calls of norm layers that stay and can be hosts.
+    """
     sites = state.sites[layer.path]
-    way = follow(state, sites)
+    way = follow(state, sites, standing)
+    if standing and not standing & way.ends.keys():
+        raise Refused(Reason.NOT_BEFORE_LINEAR, "no norm that stays uses it")
     affine = _affine_of(sites)
     if way.monotone is not None and bool((affine.scale < 0).any()):
         detail = f"{describe(way.monotone)} turns round what a negative scale turns round"
         raise Refused(Reason.NEGATIVE_SCALE, detail)
     affines = {node: _at(way, sites, affine, node) for node in way.ends}
+    affines.update({n: _put_before(state, n, affines[n]) for n in way.ends if n in standing})
     hosts = tuple(_uneven(state, host, affines) for host in host_folds(state, affines, before=True))
+    hosts += _added(state, way, sites, affine)
     write = written_between(sites, list(way.ends), state.folded)
     if write is not None:
         detail = f"{describe(write)} writes to what it is given before {_all(hosts)} see it"
         raise Refused(Reason.WRITTEN_IN_PLACE, detail)
     names = sorted({n.name.strip("_") for n in way.steps if n.kind is not Kind.AFFINE})
-    via = f"forward, through {', '.join(names)}" if names else "forward"
+    via = "forward, into a norm that stays" if standing else "forward"
+    via = f"{via}, through {', '.join(names)}" if names else via
     return NormFold(layer, hosts, via, turn=len(state.folded), forward=True)
+
+
+def _put_before(state: PlanState, node: Node, affine: Affine) -> Affine:
+    """What has to come after a norm that stays, for it to be as if `affine` came before it."""
+    held = state.absorbed.get(weight_name(node))
+    own = cast("Affine", node.norm.affine)
+    own = own.then(held.after.affine) if held is not None and held.after is not None else own
+    shift = own.scale * affine.shift + own.shift * (1 - affine.scale)
+    return Affine(affine.scale.clone(), shift)
 
 
 def _uneven(state: PlanState, host: HostFold, calls: Iterable[Node]) -> HostFold:
@@ -99,7 +120,7 @@ class Way:
     monotone: Node | None
 
 
-def follow(state: PlanState, sites: Sequence[Node]) -> Way:
+def follow(state: PlanState, sites: Sequence[Node], standing: Set[Node] = frozenset()) -> Way:
     """Follow what calls of a norm give to the linear calls that use it, or `Refused`."""
     gains: dict[Value, float | None] = {site.outputs[0]: 1.0 for site in sites}
     limits: dict[Value, Node] = {}
@@ -112,7 +133,7 @@ def follow(state: PlanState, sites: Sequence[Node]) -> Way:
         given = [value for value in node.inputs if value in gains]
         if not _passes(state, node, given):
             if not _is_idle(node):
-                ends[node] = _taken(node, given)
+                ends[node] = _taken(node, given, standing)
             continue
         steps[order] = node
         gain, limit = _gain(node, given, gains, limits)
@@ -141,11 +162,19 @@ def _leading_to(values: set[Value], steps: Iterable[Node]) -> tuple[Node, ...]:
 def _passes(state: PlanState, node: Node, given: Sequence[Value]) -> bool:
     if node.kind is Kind.MOVE:
         return True
+    if node.kind is Kind.SUM:
+        return not node.writes and all(v in given or _is_added(v, node) for v in node.inputs)
     if node.kind is Kind.PASS and not all(map(is_idle, node.outputs[1:])):
         return False  # the indices of a maximum say something else where a scale is 0
     if node.kind is Kind.PASS or node in state.folded:
         return [v for v in node.inputs if v in given] == [node.inputs[0]] and not node.writes
     return False
+
+
+def _is_added(value: Value, node: Node) -> bool:
+    """Whether a term of a sum is a parameter that nobody else uses."""
+    users = [user for user in value.consumers if not user.idle]
+    return value.parameter is not None and users == [node]
 
 
 def _is_idle(node: Node) -> bool:
@@ -154,9 +183,9 @@ def _is_idle(node: Node) -> bool:
     return known and not any(value.consumers for value in node.outputs)
 
 
-def _taken(node: Node, given: Sequence[Value]) -> Value:
+def _taken(node: Node, given: Sequence[Value], standing: Set[Node]) -> Value:
     """The value that a linear call takes as its data, and as nothing else."""
-    if node.kind is not Kind.LINEAR:
+    if node.kind is not Kind.LINEAR and node not in standing:
         raise Refused(*_other_use(node))
     entry = node.linear.entry
     where = node.linear.host or node.module or "the model itself"
@@ -190,6 +219,9 @@ def _gain(
     """What becomes of the shift in one operation, and which operation does not let it pass."""
     known = {gains[value] for value in given}
     limit = next((limits[value] for value in given if value in limits), None)
+    if node.kind is Kind.SUM and None not in known:
+        terms = zip(node.inputs, node.sum.coefficients, strict=True)
+        return sum(k * cast("float", gains[v]) for v, k in terms if v in gains), limit
     if len(known) != 1:
         return None, limit or node
     (gain,) = known
@@ -242,14 +274,59 @@ def _labelled(way: Way, sites: Sequence[Node]) -> tuple[dict[Value, Tensor], boo
     pooled = False
     for node in way.steps:
         moved = node.inputs if node.kind is Kind.MOVE else node.inputs[:1]
+        if node.kind is Kind.SUM:
+            moved = [value for value in node.inputs if value in known]
         labels = [_label(known, value) for value in moved]
         pooled = pooled or (node.kind is Kind.PASS and bool((labels[0] == ZERO).any()))
         if node.kind is Kind.MOVE:
             labels = node.move.apply(labels)
         elif node.kind is Kind.PASS:
             labels = node.passing.apply(labels)
+        elif node.kind is Kind.SUM:
+            labels = [_joined(labels, node)]
         known.update(zip(node.outputs, labels, strict=False))
     return known, pooled
+
+
+def _joined(terms: Sequence[Tensor], node: Node) -> Tensor:
+    """The labels of a sum, where its terms agree; what is added to zeros is from elsewhere."""
+    first, *others = (term.expand(node.outputs[0].shape) for term in terms)
+    for other in others:
+        first = torch.where(first == other, first, float(MIXED))
+    added = len(terms) < len(node.inputs)
+    return torch.where(first == ZERO, float(ELSEWHERE), first) if added else first
+
+
+def _added(
+    state: PlanState, way: Way, sites: Sequence[Node], affine: Affine
+) -> tuple[HostFold, ...]:
+    """What parameters absorb that are added on the way, as the sum is scaled after that."""
+    sums = {v: n for n in way.steps if n.kind is Kind.SUM for v in n.inputs if v not in way.gains}
+    if not sums or bool((affine.scale == 1).all()):
+        return ()
+    labels, _ = _labelled(way, sites)
+    found = {}
+    for value, node in sums.items():
+        met = _met(labels[node.outputs[0]], value).flatten()
+        scale = torch.ones(met.shape, dtype=torch.float64, device="cpu")
+        scale[met >= 0] = affine.scale[met[met >= 0]]
+        if not bool(scale.all()):
+            detail = f"{value.parameter}, which is added to it, would be divided by a scale of 0"
+            raise Refused(Reason.NON_FINITE, detail)
+        found[value] = Affine(1 / scale, torch.zeros_like(scale))
+    return constant_folds(state, found)
+
+
+def _met(labels: Tensor, value: Value) -> Tensor:
+    """Which channel of the norm each element of an added parameter meets, or less than 0."""
+    shape = [1] * (labels.dim() - len(value.shape)) + list(value.shape)
+    over = [i for i, length in enumerate(shape) if length == 1]
+    high = labels.amax(over, keepdim=True) if over else labels
+    low = labels.amin(over, keepdim=True) if over else labels
+    if bool((high != low).any()) or bool((low == MIXED).any()):
+        detail = f"an element of {value.parameter} is added to several of its channels"
+        raise Refused(Reason.CHANNEL_MISMATCH, detail)
+    return high.reshape(value.shape).long()
 
 
 def _label(known: dict[Value, Tensor], value: Value) -> Tensor:

@@ -55,6 +55,7 @@ def _host(state: PlanState, node: Node, affine: Affine, *, before: bool) -> Host
     path = state.graph.owners[name]
     if path in state.graph.sealed:
         raise Refused(Reason.SCRIPTED, f"{path} is compiled by TorchScript and cannot be edited")
+    _check_plain(state.graph.tensors[name], name)
     if name in state.graph.tied:
         also = ", ".join(state.graph.tied[name])
         raise Refused(Reason.TIED_WEIGHT, f"the weight {name} is also {also}")
@@ -65,6 +66,15 @@ def _host(state: PlanState, node: Node, affine: Affine, *, before: bool) -> Host
         return HostFold(path, name, bias, gains, layout, affine, outputs=affine.channels)
     outputs = entry.layout.outputs(state.graph.tensors[name])
     return HostFold(path, name, bias, gains, entry.layout, affine, before=True, outputs=outputs)
+
+
+def _check_plain(weight: Tensor, name: str) -> None:
+    """Refuse sparse and quantised weights, which a fold would make plain ones of."""
+    own = type(weight).__torch_dispatch__ != Tensor.__torch_dispatch__
+    if own or weight.layout is not torch.strided:
+        kind = type(weight).__name__ if own else str(weight.layout).removeprefix("torch.")
+        detail = f"the weight {name} is a {kind} tensor, which keeps its numbers in another form"
+        raise Refused(Reason.COMPUTED_WEIGHT, detail)
 
 
 def _bias(state: PlanState, node: Node, weight: str, *, needed: bool) -> tuple[str | None, bool]:

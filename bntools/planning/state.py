@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
-from bntools.dataflow.graph import Graph, Kind, Node
+from bntools.affine import Affine
+from bntools.dataflow.graph import Graph, Kind, Node, NormLayer
 from bntools.dataflow.reach import Refused
 from bntools.planning.folds import Absorption, HostFold, NormFold
 from bntools.planning.options import PlanOptions
@@ -40,6 +41,22 @@ class PlanState:
     def holding(self, host: HostFold) -> Absorption:
         """What a host would hold with one fold more."""
         return self.absorbed.get(host.weight, Absorption()).then(host)
+
+    def hosts(self, layer: NormLayer) -> bool:
+        """Whether a norm layer, which stays, has absorbed another one."""
+        linears = (node.norm.linear for node in self.sites[layer.path])
+        weights = (linear.weight for linear in linears if linear is not None)
+        return any(w is not None and w.parameter in self.absorbed for w in weights)
+
+    def standing(self, paths: Iterable[str]) -> frozenset[Node]:
+        """The calls of norm layers that can absorb others, of those that are not gone."""
+        calls = {
+            node
+            for path in paths
+            for node in self.sites[path]
+            if node.norm.linear is not None and isinstance(node.norm.affine, Affine)
+        }
+        return frozenset(calls - self.folded)
 
     def accept(self, fold: NormFold) -> None:
         """Take a fold into the plan."""

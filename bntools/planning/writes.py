@@ -9,6 +9,9 @@ from bntools.dataflow.graph import Kind, Node, Value
 __all__ = ["written_between"]
 
 _ALIAS = "a write through an alias"
+_REPLACED = (_ALIAS, "a replaced .data")
+# what has got hold of memory may write to it, whenever it likes
+_LEAVING = {"numpy()", "dlpack", "untyped_storage()", "storage()", "data_ptr()"}
 _COPIES = {
     "cat", "stack", "clone", "_to_copy", "roll", "flip", "repeat", "index", "index_select",
     "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
@@ -26,8 +29,10 @@ def written_between(sites: Sequence[Node], hosts: Sequence[Node], folded: Set[No
     for site in sites:
         for value in _sharing(site.inputs[0], folded):
             for node in value.consumers:
-                writes = value in node.writes or (node.name == _ALIAS and node.inputs[0] is value)
-                if writes and site.order < node.order < last:
+                replaced = node.name in _REPLACED and node.inputs[0] is value
+                leaves = node.kind is Kind.OUTPUT and node.name in _LEAVING
+                writes = value in node.writes or replaced
+                if node.order < last and (leaves or (writes and site.order < node.order)):
                     return node
     return None
 

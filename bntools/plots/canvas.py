@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ENDINGS", "canvas", "rendered", "ticks"]
+__all__ = ["ENDINGS", "canvas", "figures", "rendered", "ticks"]
 
 ENDINGS = (".png", ".svg")
 _MOST_TICKS = 40
+
+
+def figures() -> Any:
+    """The figures of matplotlib, without its state of windows; BNToolsError without it."""
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise BNToolsError(
+            "Cannot draw: matplotlib is not installed. Install it with: pip install matplotlib"
+        ) from error
 
 
 def canvas(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -23,14 +33,7 @@ def canvas(rows: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
 
     Raises BNToolsError without matplotlib.
     """
-    try:
-        figures: Any = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise BNToolsError(
-            "Cannot draw: matplotlib is not installed. Install it with: pip install"
-            " 'bntools[plots]'"
-        ) from error
-    figure: Figure = figures.Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = figures().Figure(figsize=(width, height), layout="constrained")
     axes: list[Axes] = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0].tolist()
     for axis in axes:
         axis.grid(axis="y", alpha=0.3)

@@ -98,12 +98,13 @@ class _Drawing:
         self.axis.annotate(
             f"{_short(row.name)}: {_escaped(row.note or row.where or 'all of it')}",
             (self.places[row.name], self.shown.clamped(row.error)),
-            xytext=(-12 if late else 12, 14),
+            xytext=(-12 if late else 12, 28),
             textcoords="offset points",
             ha="right" if late else "left",
             color=self.colour,
             fontsize=9,
             arrowprops={"arrowstyle": "-", "color": self.colour},
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
         )
 
 

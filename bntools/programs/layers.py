@@ -142,7 +142,8 @@ def _batch_norm(values: Arguments, tensors: Mapping[str, Tensor], shape: Shape) 
     options = {
         "num_features": like.shape[0],
         "eps": eps,
-        "momentum": momentum,
+        # what torch passes in eval mode for None, the average of all batches
+        "momentum": None if momentum == 0 and not training else momentum,
         "affine": bool(affine),
         "track_running_stats": bool(tracked),
         "dtype": like.dtype,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,12 +70,35 @@ class Prepared:
         return flat
 
 
+class _Forward:
+    """`Program.forward`: it has the arguments of the exported model in its signature.
+
+    There torch's exporters look for the names of inputs, and bntools for how many there are.
+    """
+
+    def __get__(self, program: Program | None, _: type[Program]) -> Any:
+        if program is None:
+            return self
+        named, run = program.prepared.names, program.run
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+        if all(name.isidentifier() and not keyword.iskeyword(name) for name in named):
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters = [inspect.Parameter(name, kind) for name in named]
+            forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # what inspect looks for
+        return forward
+
+
 class Program(nn.Module):
     """An exported program; `plan` is its graph as JSON text, the tensors are those of the module.
 
     Sizes that were fixed when the program was exported stay fixed. Raises `InputError` for inputs
     that it does not take.
     """
+
+    forward: Any = _Forward()
 
     def __init__(self, plan: str) -> None:
         super().__init__()
@@ -88,7 +112,7 @@ class Program(nn.Module):
         except Refusal as error:
             raise LoadError(f"Cannot run the program: {error}.") from None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; arguments go by position or by name, as in the exported model."""
         ready = self.prepared
         try:
@@ -105,18 +129,6 @@ class Program(nn.Module):
         if ready.writes:
             self._write(ready, results[given:], flat)
         return ready.outputs.built(iter(results[:given]))
-
-    def named_forward(self) -> Any:
-        """The forward with the arguments of the exported model in its signature."""
-        names, kind = self.prepared.names, inspect.Parameter.POSITIONAL_OR_KEYWORD
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return type(self).forward(self, *args, **kwargs)
-
-        parameters = [inspect.Parameter(name, kind) for name in names if name.isidentifier()]
-        if len(parameters) == len(names):
-            forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # what inspect looks for
-        return forward
 
     def check(self) -> None:
         """Check the plan without running it; raises `Refusal` or ValueError."""

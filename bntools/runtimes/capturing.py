@@ -46,8 +46,6 @@ def capture(
         if model.training:
             model.eval()
         examples = runnable(model, example_inputs, target, tool="torch.export")
-        if isinstance(model, Program):
-            vars(model)["forward"] = model.named_forward()  # which `preserved` takes away again
         try:
             program, _ = captured(model, examples.copied(), _free(model, examples))
         except Exception as error:

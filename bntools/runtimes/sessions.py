@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def open_session(
     Raises `LoadError` for a file that is no ONNX model, `RuntimeUnavailableError` for a missing
     package, library or device, or an operation that the provider does not have.
     """
-    if isinstance(model, Path) and not model.is_file():
+    if isinstance(model, Path) and not os.path.isfile(model):
         raise LoadError(f"Cannot load {model}: there is no such file.")
     opening = Opening(model, allow_tf32=allow_tf32, optimise=optimise, beside=beside)
     return Session(*open_on(provider, opening))

@@ -25,7 +25,8 @@ import bntools
 
 BATCHES = (1, 16)
 ROUNDS = {1: 20, 16: 6}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 class Bottleneck(nn.Module):
