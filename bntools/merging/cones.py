@@ -9,7 +9,7 @@ from bntools.dataflow.graph import Graph, Kind, Node, Value
 from bntools.dataflow.reach import Refused, bias_beside, describe, weight_uses
 from bntools.merging.borders import is_write, painted
 from bntools.merging.constants import Computed, check_leaves, weight_of
-from bntools.merging.sums import data_inputs, expands, is_stack, steps_of, terms
+from bntools.merging.sums import data_inputs, expands, steps_of
 from bntools.report import Reason
 
 __all__ = ["Cone", "check_exclusive", "check_parameters", "check_written", "cones"]
@@ -42,7 +42,7 @@ def cones(graph: Graph, taken: Set[Node]) -> Iterator[Cone]:
     Sums among `taken`, which may grow on the way, are left out.
     """
     for node in reversed(graph.nodes):
-        if node not in taken and terms(node) is not None:
+        if node not in taken and node.kind is Kind.SUM:
             cone = _cone(node)
             if cone is not None and steps_of(cone.nodes):
                 yield cone
@@ -53,7 +53,7 @@ def _cone(sum_: Node) -> Cone | None:
     target = sum_.outputs[0]
     open_: dict[Value, None] = {target: None}
     nodes: list[Node] = []
-    while len(open_) > 1 or target in open_ or _is_stack(next(iter(open_), None)):
+    while len(open_) > 1 or target in open_:
         value = max(open_, key=_order)
         node = value.producer
         if node is None or value is not node.outputs[0] or not expands(node):
@@ -64,11 +64,6 @@ def _cone(sum_: Node) -> Cone | None:
     if not open_:
         return None
     return Cone(next(iter(open_)), target, tuple(reversed(nodes)))
-
-
-def _is_stack(value: Value | None) -> bool:
-    """Whether a value is all terms of a sum in one."""
-    return value is not None and value.producer is not None and is_stack(value.producer)
 
 
 def _order(value: Value) -> int:

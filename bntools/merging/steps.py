@@ -22,7 +22,6 @@ from bntools.merging.sums import (
     data_inputs,
     is_row,
     is_scaling,
-    is_stack,
     lifts,
     steps_of,
     terms,
@@ -190,7 +189,7 @@ def program(graph: Graph, source: Value, nodes: Sequence[Node]) -> Program:
     places = {source: 0}
     steps: list[tuple[Step, tuple[int, ...]]] = []
     for node in nodes:
-        if node in written or is_stack(node):
+        if node in written:
             continue
         border = borders.get(node)
         inputs = _inputs(node) if border is None else (border.data,)

@@ -12,7 +12,6 @@ __all__ = [
     "expands",
     "is_row",
     "is_scaling",
-    "is_stack",
     "lifts",
     "steps_of",
     "terms",
@@ -23,44 +22,15 @@ _POOLS = {"avg_pool2d", "avg_pool3d"}
 
 
 def terms(node: Node) -> list[tuple[float, Value]] | None:
-    """What a sum adds, with coefficients; None for what is no sum.
-
-    That is `a + b`, but also `torch.stack([a, b]).sum(0)`, or the mean.
-    """
-    if node.kind is Kind.SUM:
-        return list(zip(node.sum.coefficients, node.inputs, strict=True))
-    stack = _stack_under(node)
-    if stack is None:
+    """What a sum adds, with coefficients; None for what is no sum."""
+    if node.kind is not Kind.SUM:
         return None
-    share = 1.0 if node.name == "sum" else 1 / len(stack.inputs)
-    return [(share, value) for value in stack.inputs]
-
-
-def is_stack(node: Node) -> bool:
-    """Whether values are stacked to be added up, and for nothing else."""
-    if node.name != "stack" or node.kind is not Kind.MOVE:
-        return False
-    users = node.outputs[0].consumers
-    return bool(users) and all(_stack_under(user) is node for user in users)
-
-
-def _stack_under(node: Node) -> Node | None:
-    """The stack along whose new axis an operation adds up."""
-    stack = node.inputs[0].producer if node.kind is Kind.PASS and node.inputs else None
-    if node.name not in ("sum", "mean") or stack is None or stack.name != "stack":
-        return None
-    rank = len(stack.outputs[0].shape)
-    axis, *_ = (*stack.literals, 0)
-    dims, *options = (*node.literals, None)
-    over = [dims] if isinstance(dims, int) else dims
-    if not isinstance(over, (list, tuple)) or any(options) or stack.kind is not Kind.MOVE:
-        return None
-    return stack if [dim % rank for dim in over] == [axis % rank] else None
+    return list(zip(node.sum.coefficients, node.inputs, strict=True))
 
 
 def expands(node: Node) -> bool:
     """Whether an operation may be linear in its data, so that it is worth looking behind it."""
-    if node.kind in (Kind.LINEAR, Kind.AFFINE) or terms(node) is not None:
+    if node.kind in (Kind.LINEAR, Kind.AFFINE, Kind.SUM):
         return True
     if node.kind is Kind.PASS:
         name = node.name.strip("_")
