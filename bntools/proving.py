@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from bntools.surgery.folding import Folded, fold_copy, fold_in_place
 from bntools.tolerance import float64_limit, relative_error
 from bntools.watching import jittered
 
-__all__ = ["Proof", "Prover", "watched"]
+__all__ = ["Proof", "Prover", "first_failing", "watched"]
 
 _DRAWS = 8
 
@@ -119,13 +119,7 @@ class Prover:
         # a fold may need those before it: backward in execution order, forward in their turn
         onward = sorted((fold for fold in folds if fold.forward), key=lambda fold: fold.turn)
         ordered = [*(fold for fold in folds if not fold.forward), *onward]
-        good, bad = 0, len(ordered)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            failure = self._failure(ordered[:middle])
-            good, bad = (good, middle) if failure else (middle, bad)
-        why = self._failure(ordered[:bad]) or "it fails together with others only"
-        return {ordered[bad - 1].layer.path: why}
+        return first_failing(ordered, self._failure)
 
     def nothing(self, why: str = "no output") -> Equivalence:
         """The judgement of a folded model that gives no output of its own."""
@@ -164,9 +158,10 @@ class Prover:
 
     def _float64_limit(self, truth: Truth) -> float:
         """What a fold in float64 may be off, by the model's amplification of rounding."""
+        if truth.coarsest == torch.float64:
+            return float64_limit(self._own_noise, truth.coarsest)
         noise = (o.reference_error for o in compare(truth, truth.exact).outputs)
-        own = self._own_noise if truth.coarsest == torch.float64 else max(noise, default=0.0)
-        return float64_limit(own, truth.coarsest)
+        return float64_limit(max(noise, default=0.0), truth.coarsest)
 
     @cached_property
     def _own_noise(self) -> float:
@@ -213,6 +208,18 @@ class Prover:
             own = max(relative_error(native[p], truth[p]) for p in told)
             found[norm] = max(wide, default=None), own
         return found
+
+
+def first_failing(
+    ordered: Sequence[NormFold], failure: Callable[[Sequence[NormFold]], str]
+) -> dict[str, str]:
+    """The first fold that makes a check of all of them fail, and why, by bisection."""
+    good, bad = 0, len(ordered)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (good, middle) if failure(ordered[:middle]) else (middle, bad)
+    why = failure(ordered[:bad]) or "it fails together with others only"
+    return {ordered[bad - 1].layer.path: why}
 
 
 def watched(folds: Sequence[NormFold]) -> list[str]:

@@ -83,8 +83,7 @@ def export(
     output = output or job.beside(".onnx")
     if is_same(output, Path(job.model)):
         raise click.UsageError("--output names the file of the model.")
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     job.check_writable(output, job.report)
     options = bntools.ExportOptions(
         only=job.only or "*",

@@ -12,7 +12,7 @@ import bntools
 from bntools.report import Check, Plan, Report, Result
 
 from .onnx_models import check_options, fold_onnx, is_onnx, plan_onnx
-from .options import Answer, Job, file_option, is_same, shared_options, state_dict_option
+from .options import Answer, Job, file_option, shared_options, state_dict_option
 
 __all__ = ["fold"]
 
@@ -82,8 +82,7 @@ def fold(
 ) -> None:
     """Fold, check and save."""
     output = output or job.beside(".folded.onnx" if is_onnx(job) else ".folded.pt")
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     how = _How(merge_branches, merge_linear, pad_forward, keep_originals)
     if is_onnx(job):
         check_options(job, **asdict(how))

@@ -15,7 +15,6 @@ from .options import (
     Answer,
     Job,
     file_option,
-    is_same,
     shared_options,
     state_dict_option,
     stored_options,
@@ -130,8 +129,7 @@ def unsync(job: Job, output: Path | None, dry_run: bool) -> None:
 def _run(
     job: Job, change: Callable[[Any], Result[FreezeReport]], output: Path, *, dry_run: bool
 ) -> None:
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     job.check_writable(job.report)
     if not dry_run:
         job.check_output(output)

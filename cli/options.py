@@ -136,6 +136,11 @@ class Job(Common):
         model = self.read(self.model)
         return model if self.device is None else _moved(model, self.device)
 
+    def check_distinct(self, output: Path) -> None:
+        """Refuse a report that would replace the result."""
+        if self.report is not None and is_same(self.report, output):
+            raise click.UsageError("--output and --report name the same file.")
+
     def check_output(self, output: Path, *, keep_originals: bool = False) -> None:
         """Find out before long work whether a model can be written."""
         self.check_writable(output)

@@ -17,7 +17,7 @@ from bntools.errors import TargetError
 from bntools.report import ReplacementReport, Result
 
 from .data_options import DataJob, data_options
-from .options import Answer, Job, is_same, shared_options, state_dict_option
+from .options import Answer, Job, shared_options, state_dict_option
 from .values import Whole, file_option
 
 if TYPE_CHECKING:
@@ -183,8 +183,7 @@ def replace_norms(job: Job, *, data: DataJob, asked: _Asked) -> None:
 
 
 def _check(job: Job, asked: _Asked, data: DataJob, output: Path) -> None:
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     if asked.groups is not None and asked.channels_per_group is not None:
         raise click.UsageError("Give --groups or --channels-per-group, not both.")
     for name, given in (("--distill", asked.distill), ("--groups auto", asked.groups == "auto")):

@@ -103,8 +103,7 @@ def ship(
 def _check(job: Job, output: Path, data: DataJob, eval_data: str | None) -> None:
     if is_same(output, Path(job.model)):
         raise click.UsageError("--output names the file of the model.")
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     if eval_data is not None and data.source is None:
         raise click.UsageError("--eval-data scores what --data changes: give that too.")
 

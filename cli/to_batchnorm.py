@@ -9,7 +9,7 @@ import click
 
 import bntools
 
-from .options import Answer, Job, file_option, is_same, shared_options, state_dict_option
+from .options import Answer, Job, file_option, shared_options, state_dict_option
 
 __all__ = ["to_batchnorm"]
 
@@ -40,8 +40,7 @@ Everything else that is arithmetic with constants is listed with the reason why 
 def to_batchnorm(job: Job, output: Path | None, dry_run: bool) -> None:
     """Convert and save."""
     output = output or job.beside(".batchnorm.pt")
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     job.check_writable(job.report)
     if not dry_run:
         job.check_output(output)

@@ -8,7 +8,7 @@ import click
 
 import bntools
 
-from .options import Answer, Job, file_option, is_same, state_dict_option, stored_options
+from .options import Answer, Job, file_option, state_dict_option, stored_options
 
 __all__ = ["unfold"]
 
@@ -40,8 +40,7 @@ of which the folded weights were changed since is refused.
 def unfold(job: Job, output: Path | None, dry_run: bool) -> None:
     """Unfold and save."""
     output = output or job.beside(".unfolded.pt")
-    if job.report is not None and is_same(job.report, output):
-        raise click.UsageError("--output and --report name the same file.")
+    job.check_distinct(output)
     job.check_writable(job.report)
     if not dry_run:
         job.check_output(output)

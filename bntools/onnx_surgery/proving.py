@@ -20,7 +20,7 @@ from bntools.onnx_surgery.planning import View
 from bntools.onnx_surgery.writing import as_source
 from bntools.outputs import Outputs
 from bntools.planning import NormFold
-from bntools.proving import Proof
+from bntools.proving import Proof, first_failing
 from bntools.report import Equivalence
 from bntools.runtimes.sessions import Session, open_session
 from bntools.runtimes.widening import DoubleModel, random_nodes
@@ -77,14 +77,7 @@ class OnnxProver:
         without = self.failure(())
         if without:
             return {fold.layer.path: without for fold in folds}
-        ordered = sorted(folds, key=lambda each: each.turn)
-        good, bad = 0, len(ordered)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            fails = self.failure(ordered[:middle])
-            good, bad = (good, middle) if fails else (middle, bad)
-        why = self.failure(ordered[:bad]) or "it fails together with others only"
-        return {ordered[bad - 1].layer.path: why}
+        return first_failing(sorted(folds, key=lambda each: each.turn), self.failure)
 
     def nothing(self, why: str = "no output") -> Equivalence:
         """The judgement of a folded model that gives nothing."""
